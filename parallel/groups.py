@@ -1,0 +1,98 @@
+"""Axes: the process groups of this rank, built once and handed to whoever needs one.
+
+A layer takes the one axis it needs; nothing reads a global. An axis of size 1 has no process group, and every collective on
+it returns at once: one process needs no `torch.distributed` and no special branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import MappingProxyType
+
+import torch.distributed as dist
+
+from parallel.collectives import Ledger
+from parallel.topology import Coordinates, Topology
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's group along one axis: its index `rank` among `size` members, their global `ranks`."""
+
+    name: str
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    ledger: Ledger = field(compare=False, repr=False)
+
+    @classmethod
+    def single(cls, name: str, rank: int = 0, ledger: Ledger | None = None) -> Axis:
+        """An axis of one member, on which every collective is a no-op."""
+        return cls(name, 0, 1, (rank,), None, ledger or Ledger())
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """All axes of one rank.
+
+    `data` combines dp and cp: the ranks that hold the same parameters and see different tokens. `pp_forward` and
+    `pp_backward` are the pipeline axis twice, so that activations and gradients never wait for one another on a
+    communicator. `replicas` are further axes by name (kv heads below tp, tied embeddings).
+    """
+
+    topology: Topology
+    place: Coordinates
+    world: Axis
+    pp_forward: Axis
+    pp_backward: Axis
+    dp: Axis
+    cp: Axis
+    tp: Axis
+    data: Axis
+    replicas: Mapping[str, Axis]
+    ledger: Ledger
+
+    def axis(self, name: str) -> Axis:
+        """The axis of that name among tp and the replica axes (what a `Replica` refers to)."""
+        return self.tp if name == "tp" else self.replicas[name]
+
+
+def build_groups(
+    topology: Topology,
+    rank: int,
+    replica_groups: Mapping[str, list[tuple[int, ...]]] | None = None,
+    timeout: timedelta = timedelta(minutes=10),
+) -> ProcessGroups:
+    """Create every process group of the grid; all ranks call it together, with the same arguments but `rank`.
+
+    `replica_groups` maps the name of a further axis to all its groups; a rank in none of them gets an axis of size 1.
+    `timeout` bounds each collective (`new_group` does not inherit the default group's).
+    """
+    ledger = Ledger()
+
+    def build(name: str, groups: list[tuple[int, ...]]) -> Axis:
+        mine = Axis.single(name, rank, ledger)
+        for ranks in groups:
+            if len(ranks) == 1:
+                continue
+            group = dist.new_group(list(ranks), timeout=timeout)  # every rank takes part in every creation
+            if rank in ranks:
+                mine = Axis(name, ranks.index(rank), len(ranks), ranks, group, ledger)
+        return mine
+
+    return ProcessGroups(
+        topology=topology,
+        place=topology.coordinates(rank),
+        world=build("world", [tuple(range(topology.world_size))]),
+        pp_forward=build("pp", topology.groups("pp")),
+        pp_backward=build("pp", topology.groups("pp")),
+        dp=build("dp", topology.groups("dp")),
+        cp=build("cp", topology.groups("cp")),
+        tp=build("tp", topology.groups("tp")),
+        data=build("data", topology.groups("dp", "cp")),
+        replicas=MappingProxyType({name: build(name, groups) for name, groups in (replica_groups or {}).items()}),
+        ledger=ledger,
+    )

@@ -1,0 +1,1 @@
+"""Sharded optimizers behind one interface. Reading order: buckets, grad_norm, native."""
