@@ -1,0 +1,51 @@
+"""The configuration of a run, in one import.
+
+`config_sections` has the fields, `config_file` reads and writes them, `config_rules` says which combinations can run.
+"""
+
+from megatron_llama.config_file import from_dict, help_text, load_config, to_dict, to_toml
+from megatron_llama.config_rules import validate, validate_layout, validate_model, validate_training
+from megatron_llama.config_sections import (
+    CheckpointConfig,
+    DataConfig,
+    DataSource,
+    KernelConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    checkpoint_directory,
+    data_parallel_size,
+    micro_batches_per_step,
+    tokens_per_step,
+    total_steps,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DataSource",
+    "KernelConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "checkpoint_directory",
+    "data_parallel_size",
+    "from_dict",
+    "help_text",
+    "load_config",
+    "micro_batches_per_step",
+    "to_dict",
+    "to_toml",
+    "tokens_per_step",
+    "total_steps",
+    "validate",
+    "validate_layout",
+    "validate_model",
+    "validate_training",
+]

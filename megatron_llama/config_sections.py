@@ -1,0 +1,202 @@
+"""The fields of a run: frozen sections, each field with its default, one line of help and its own limits.
+
+A section holds what a user can set and nothing derived: data-parallel size, total steps and the like are functions at
+the end. Limits that concern one field alone (`choices`, `minimum`) stand next to it; rules across fields are in
+`config_rules`.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
+    """A dataclass field with its help line and the limits that concern it alone."""
+    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One indexed dataset, `prefix`.bin and `prefix`.idx, and its share of the blend relative to the other sources.
+
+    Without weights (None), sources are mixed in proportion to their sizes.
+    """
+
+    prefix: str
+    weight: float | None = None
+
+
+Sources = tuple[DataSource, ...]
+StageLayers = str | tuple[int, ...]  # "auto", or the layers of each stage in global order
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Sizes of 0 are not given: a preset or the user must give them."""
+
+    preset: str = setting("", "a published size, such as llama-7b; the other fields override it")
+    num_layers: int = setting(0, "transformer blocks", minimum=0)
+    hidden_size: int = setting(0, "width of the residual stream", minimum=0)
+    num_heads: int = setting(0, "query heads", minimum=0)
+    num_kv_heads: int = setting(0, "key and value heads; 0 takes num_heads", minimum=0)
+    ffn_hidden_size: int = setting(0, "width of the SwiGLU feed-forward", minimum=0)
+    vocab_size: int = setting(0, "vocabulary rows, without padding", minimum=0)
+    rope_theta: float = setting(10_000.0, "base of the rotary frequencies")
+    rope_scaling_factor: float = setting(1.0, "LLaMA-3.1 stretching of low rotary frequencies; 1.0 is off", minimum=1.0)
+    rope_low_freq_factor: float = setting(1.0, "wavelengths above original context / this are stretched fully")
+    rope_high_freq_factor: float = setting(4.0, "wavelengths below original context / this are left alone")
+    rope_original_context: int = setting(8192, "context in tokens before stretching", minimum=1)
+    norm_eps: float = setting(1e-5, "epsilon of RMSNorm")
+    tie_embeddings: bool = setting(False, "use the embedding matrix as the output head too")
+    init_std: float = setting(0.02, "standard deviation of the initial weights", minimum=0.0)
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads == 0:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout: world size = tp x pp x dp x cp."""
+
+    tp: int = setting(1, "tensor-parallel size", minimum=1)
+    pp: int = setting(1, "pipeline stages (ranks)", minimum=1)
+    dp: int = setting(0, "data-parallel size; 0 follows from the world size", minimum=0)
+    cp: int = setting(1, "context-parallel size", minimum=1)
+    chunks: int = setting(1, "model chunks on each pipeline rank", minimum=1)
+    schedule: str = setting("1f1b", "pipeline schedule", choices=("gpipe", "1f1b"))
+    sequence_parallel: bool = setting(True, "split norms and residuals along the sequence over tp ranks; no effect at tp 1")
+    recompute: str = setting("none", "activations to compute again in the backward", choices=("none", "selective", "full"))
+    zero_stage: int = setting(1, "0 all-reduces gradients, 1 shards the optimizer over dp", minimum=0)
+    zero_engine: str = setting("native", "who runs ZeRO", choices=("native", "deepspeed"))
+    zero_shard_group_size: int = setting(0, "dp ranks that share one optimizer copy; 0 is all of them", minimum=0)
+    layers_per_stage: StageLayers = setting("auto", "layers of each stage, pp x chunks numbers, or auto")
+    bucket_size: int = setting(40_000_000, "parameters in one gradient bucket", minimum=1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Indexed datasets, each "PREFIX" or {prefix = "PREFIX", weight = 0.7}; paths relative to the working directory."""
+
+    train: Sources = setting((), "training datasets")
+    valid: Sources = setting((), "held-out datasets")
+    seed: int = setting(1234, "seed of the sample order", minimum=0)
+    tokenizer: str = setting("", "tokenizer .model file, copied into the run and its checkpoints; may be empty")
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """One implementation per operation: "auto", or the name of a backend."""
+
+    rms_norm: str = setting("auto", "backend of RMSNorm")
+    rope: str = setting("auto", "backend of the rotary embedding")
+    swiglu: str = setting("auto", "backend of SwiGLU")
+    attention: str = setting("auto", "backend of attention")
+    wgrad: str = setting("auto", "backend of weight-gradient accumulation")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule and its learning-rate curve: linear warm-up, then cosine."""
+
+    name: str = setting("adamw", "update rule", choices=("adamw", "sgd"))
+    learning_rate: float = setting(3e-4, "peak learning rate", minimum=0.0)
+    min_learning_rate_ratio: float = setting(0.1, "final learning rate as a share of the peak", minimum=0.0)
+    warmup_steps: int = setting(0, "steps of linear warm-up", minimum=0)
+    beta1: float = setting(0.9, "decay of the first moment", minimum=0.0)
+    beta2: float = setting(0.95, "decay of the second moment", minimum=0.0)
+    eps: float = setting(1e-8, "term added to the root of the second moment", minimum=0.0)
+    weight_decay: float = setting(0.1, "decoupled weight decay; norm weights have none", minimum=0.0)
+    clip_norm: float = setting(1.0, "global gradient norm to clip to; 0 is off", minimum=0.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, on how much at once, and in which numbers. Give steps or tokens."""
+
+    steps: int = setting(0, "optimizer steps of the whole schedule", minimum=0)
+    tokens: int = setting(0, "training tokens, instead of steps; rounded up to whole steps", minimum=0)
+    exit_step: int = setting(0, "stop after this step with a checkpoint, the schedule unchanged; 0 is off", minimum=0)
+    global_batch_size: int = setting(32, "sequences in one optimizer step", minimum=1)
+    micro_batch_size: int = setting(1, "sequences in one forward of one data-parallel rank", minimum=1)
+    sequence_length: int = setting(2048, "tokens in one sequence", minimum=1)
+    seed: int = setting(1234, "seed of the initial weights", minimum=0)
+    dtype: str = setting("bf16", "numbers of forward and backward", choices=("fp32", "bf16"))
+    device: str = setting("auto", "where to run; auto takes CUDA if there is any", choices=("auto", "cpu", "cuda"))
+    evaluate_every: int = setting(0, "steps between held-out evaluations; 0 is off", minimum=0)
+    evaluate_tokens: int = setting(1_000_000, "tokens of one held-out evaluation", minimum=1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where state is kept, how often, and what to start from."""
+
+    directory: str = setting("", "where checkpoints go; empty is log.directory/checkpoints")
+    save_every: int = setting(1000, "steps between checkpoints; 0 saves at the end only", minimum=0)
+    load: str = setting("auto", "auto (this run's newest, else a fresh start), none, or the path of a checkpoint")
+    keep: int = setting(3, "newest checkpoints to keep; 0 keeps all", minimum=0)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """The run directory and its rhythm."""
+
+    directory: str = setting("runs/llama", "run directory: config.toml, metrics.jsonl, tensorboard, logs, checkpoints")
+    every: int = setting(10, "steps between progress lines", minimum=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is told."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    kernels: KernelConfig = KernelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """`parallel.dp`, or what the world size leaves to it where it is 0 (0 if the other axes don't fit the world)."""
+    parallel = config.parallel
+    return parallel.dp or world_size // (parallel.tp * parallel.pp * parallel.cp)
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    """Tokens that one optimizer step reads, over all ranks."""
+    return config.train.global_batch_size * config.train.sequence_length
+
+
+def total_steps(config: RunConfig) -> int:
+    """Optimizer steps of the whole schedule: `train.steps`, or enough of them to read `train.tokens`."""
+    return config.train.steps or math.ceil(config.train.tokens / tokens_per_step(config))
+
+
+def micro_batches_per_step(config: RunConfig, world_size: int) -> int:
+    """Micro-batches that one data-parallel rank runs in one optimizer step."""
+    return config.train.global_batch_size // (config.train.micro_batch_size * data_parallel_size(config, world_size))
+
+
+def checkpoint_directory(config: RunConfig) -> Path:
+    """`checkpoint.directory`, or `checkpoints` in the run directory."""
+    return Path(config.checkpoint.directory) if config.checkpoint.directory else Path(config.log.directory) / "checkpoints"
+
+
+def limit_error(dotted: str, metadata: Any, value: Any) -> str:
+    """What is wrong with the value of one field by its own limits; empty if nothing."""
+    choices, minimum = metadata["choices"], metadata["minimum"]
+    if choices and value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{dotted} = {value!r} is not one of {', '.join(choices)}{hint}"
+    if minimum is not None and value < minimum:
+        return f"{dotted} = {value} is too small; it must be at least {minimum}"
+    return ""

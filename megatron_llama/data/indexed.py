@@ -1,0 +1,323 @@
+"""The indexed dataset of Megatron, byte for byte: `PREFIX.bin` holds token ids back to back, `PREFIX.idx` says where each
+sequence lies.
+
+All integers are little-endian and unaligned. `.idx`:
+
+    9 bytes   magic `MMIDIDX\\0\\0`
+    8         version, uint64 = 1
+    1         dtype code of the token ids, uint8
+    8         S = number of sequences, uint64
+    8         D = number of documents + 1, uint64
+    4 S       length of each sequence in tokens, int32
+    8 S       position of each sequence in `.bin` in bytes, int64
+    8 D       the first sequence of each document, then S, int64
+    (S        modes, int8: only where a dataset holds more than text)
+
+A document of text is one sequence; an empty document is none, and repeats its index. Beside them this project writes
+`PREFIX.json`, which says how the tokens were made; datasets written by others do not have it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_llama.data.atomic import publish, staging_directory
+from parallel.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+MAX_SEQUENCE_TOKENS = 2**31 - 1  # lengths are int32
+BLOCK_ENTRIES = 1 << 20  # the index is written and validated in blocks of this many entries
+
+
+def best_dtype(vocab_size: int) -> np.dtype:
+    """The dtype in which Megatron stores ids below `vocab_size`: uint16 below 65500, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def dataset_path(prefix: str | Path, suffix: str) -> Path:
+    """`PREFIX` + `.bin`, `.idx` or `.json`; a dot inside the prefix stays."""
+    return Path(f"{prefix}{suffix}")
+
+
+class IndexedDatasetWriter:
+    """Writes `PREFIX.bin` and `PREFIX.idx`; use it in a `with` block.
+
+    The files appear, `.idx` last, when the block ends without an error, or at `finish`; until then all is written to a
+    temporary directory beside them, which is removed in any case. Memory does not grow with the dataset.
+
+    Raises DataError where the place cannot be written, an id does not fit `dtype`, or a document is longer than
+    2^31 - 1 tokens.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.num_tokens = 0
+        self.num_documents = 0
+        self._open_tokens = 0  # tokens of the document that is not ended yet
+        self._cleanup = ExitStack()
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        with ExitStack() as stack:
+            self._directory = stack.enter_context(staging_directory(self.prefix))
+            self._bin: BinaryIO = stack.enter_context(open(self._directory / "bin", "wb", buffering=1 << 20))
+            self._lengths: BinaryIO = stack.enter_context(open(self._directory / "lengths", "w+b", buffering=1 << 20))
+            self._cleanup = stack.pop_all()
+        self._finished = False
+        return self
+
+    def __exit__(self, error_type: type | None, error: BaseException | None, traceback: object) -> None:
+        with self._cleanup:
+            if error_type is None and not self._finished:
+                self.finish()
+
+    def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Appends one document; an empty one is kept as a document without a sequence."""
+        self.add_documents(ids, np.array([len(ids)]))
+
+    def add_documents(self, ids: Sequence[int] | np.ndarray, lengths: np.ndarray, ends: bool = True) -> None:
+        """Appends documents: their ids joined, and the number of ids of each.
+
+        With `ends=False` the last one goes on: the first document of the next call is its continuation.
+        """
+        ids, lengths = self._fitting(ids), np.array(lengths, np.int64)
+        assert len(lengths) > 0 and lengths.sum() == len(ids), f"lengths {lengths.sum()} of {len(ids)} ids"
+        self._bin.write(ids.tobytes())
+        self.num_tokens += len(ids)
+        lengths[0] += self._open_tokens
+        self._open_tokens = 0
+        if not ends:
+            self._open_tokens, lengths = int(lengths[-1]), lengths[:-1]
+        if lengths.max(initial=self._open_tokens) > MAX_SEQUENCE_TOKENS:
+            raise DataError(f"{self.prefix}: a document of more than {MAX_SEQUENCE_TOKENS} tokens cannot be stored; split it")
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self.num_documents += len(lengths)
+
+    def finish(self, sidecar: dict[str, Any] | None = None) -> None:
+        """Publishes the files, and `sidecar` as `PREFIX.json`."""
+        assert self._open_tokens == 0, "the last document was not ended"
+        self._bin.close()
+        self._write_index(self._directory / "idx")
+        moves = [(self._directory / "bin", dataset_path(self.prefix, ".bin"))]
+        sidecar_path = dataset_path(self.prefix, ".json")
+        if sidecar is None:
+            sidecar_path.unlink(missing_ok=True)  # it would describe other tokens
+        else:
+            (self._directory / "json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+            moves.append((self._directory / "json", sidecar_path))
+        publish([*moves, (self._directory / "idx", dataset_path(self.prefix, ".idx"))])
+        self._finished = True
+
+    def _fitting(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids)
+        if len(ids) and ids.dtype != self.dtype:
+            low, high = np.iinfo(self.dtype).min, np.iinfo(self.dtype).max
+            outside = ids[(ids < low) | (ids > high)]
+            if len(outside):
+                raise DataError(f"{self.prefix}: token id {outside[0]} does not fit {self.dtype}")
+        return ids.astype(self.dtype, copy=False)
+
+    def _document_lengths(self) -> Iterator[np.ndarray]:
+        self._lengths.seek(0)
+        while block := self._lengths.read(4 * BLOCK_ENTRIES):
+            yield np.frombuffer(block, "<i4").astype(np.int64)
+
+    def _write_index(self, path: Path) -> None:
+        num_sequences = sum(int(np.count_nonzero(block)) for block in self._document_lengths())
+        code = next(code for code, kind in DTYPES.items() if np.dtype(kind) == self.dtype)
+        with open(path, "wb", buffering=1 << 20) as file:
+            file.write(HEADER.pack(MAGIC, VERSION, code, num_sequences, self.num_documents + 1))
+            for block in self._document_lengths():
+                file.write(block[block > 0].astype("<i4").tobytes())
+            position_bytes = 0
+            for block in self._document_lengths():
+                ends = position_bytes + np.cumsum(block * self.dtype.itemsize)
+                file.write((ends - block * self.dtype.itemsize)[block > 0].astype("<i8").tobytes())
+                position_bytes = int(ends[-1])
+            file.write(np.zeros(1, "<i8").tobytes())
+            sequences = 0
+            for block in self._document_lengths():
+                ends = sequences + np.cumsum(block > 0)
+                file.write(ends.astype("<i8").tobytes())
+                sequences = int(ends[-1])
+
+
+class IndexedDataset:
+    """Reads `PREFIX.bin` through `PREFIX.idx`, both checked completely when opened, without loading them.
+
+    `sequence_lengths` (int32 [S], in tokens) and `document_indices` (int64 [documents + 1]) are views of the file.
+
+    Raises DataError, naming the file and what is wrong with it, where a file is missing, truncated, foreign or
+    inconsistent.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self.bin_path = dataset_path(prefix, ".bin")
+        self.index_path = dataset_path(prefix, ".idx")
+        index = _map_index(self.index_path, self.prefix)
+        self.dtype, num_sequences, document_entries = _parse_header(self.index_path, index)
+        offset = HEADER.size
+        self.sequence_lengths = np.frombuffer(index, "<i4", num_sequences, offset)
+        offset += 4 * num_sequences
+        self._positions = np.frombuffer(index, "<i8", num_sequences, offset)  # in .bin, bytes
+        offset += 8 * num_sequences
+        self.document_indices = np.frombuffer(index, "<i8", document_entries, offset)
+        _check_modes(self.index_path, index, offset + 8 * document_entries)
+        self.num_tokens = self._check_sequences()
+        self._check_documents()
+        self._bin = self._open_bin()
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.sequence_lengths)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    def read(self, start_token: int, count: int) -> np.ndarray:
+        """Tokens [start_token, start_token + count) of all documents joined, int64 [count].
+
+        One `pread`: a memory map would make the kernel read ahead hundreds of times as much as a random window needs.
+        """
+        return self.read_raw(start_token, count).astype(np.int64)
+
+    def read_raw(self, start_token: int, count: int) -> np.ndarray:
+        """As `read`, in the dtype of the file."""
+        assert 0 <= start_token and 0 <= count and start_token + count <= self.num_tokens, (start_token, count)
+        wanted, position = count * self.dtype.itemsize, start_token * self.dtype.itemsize
+        content = os.pread(self._bin.fileno(), wanted, position)
+        while len(content) < wanted:  # a read may stop early, at 2 GiB or at a signal
+            more = os.pread(self._bin.fileno(), wanted - len(content), position + len(content))
+            if not more:
+                raise DataError(f"{self.bin_path}: became shorter while in use: no byte at {position + len(content)}")
+            content += more
+        return np.frombuffer(content, self.dtype)
+
+    def document(self, number: int) -> np.ndarray:
+        """The tokens of one document, int64; empty for an empty document. Raises DataError for one that is not there."""
+        if not 0 <= number < self.num_documents:
+            raise DataError(f"{self.prefix}: there is no document {number}; it has {self.num_documents}, counted from 0")
+        first, end = (int(sequence) for sequence in self.document_indices[number : number + 2])
+        if first == end:
+            return np.zeros(0, np.int64)
+        start_token = int(self._positions[first]) // self.dtype.itemsize
+        return self.read(start_token, int(self.sequence_lengths[first:end].sum(dtype=np.int64)))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint stores to recognise the dataset, whatever its path: sizes, and checksums of samples."""
+        index = zlib.crc32(self.index_path.open("rb").read(HEADER.size))
+        for entries in (self.sequence_lengths, self.document_indices):
+            index = zlib.crc32(entries[:: max(1, len(entries) // 4096)].tobytes(), index)
+        content, count = 0, min(4096, self.num_tokens)
+        for start in np.linspace(0, self.num_tokens - count, 16).astype(np.int64):
+            content = zlib.crc32(self.read_raw(int(start), count).tobytes(), content)
+        return {
+            "tokens": self.num_tokens,
+            "documents": self.num_documents,
+            "dtype": str(self.dtype),
+            "index_crc32": f"{index:08x}",
+            "content_crc32": f"{content:08x}",
+        }
+
+    def _check_sequences(self) -> int:
+        """Checks lengths, positions and the size of `.bin` against each other; returns the number of tokens."""
+        position_bytes = 0
+        for start in range(0, self.num_sequences, BLOCK_ENTRIES):
+            lengths = self.sequence_lengths[start : start + BLOCK_ENTRIES].astype(np.int64)
+            if lengths.min() < 0:
+                number = start + int(np.argmax(lengths < 0))
+                raise DataError(f"{self.index_path}: sequence {number} has the negative length {self.sequence_lengths[number]}")
+            ends = position_bytes + np.cumsum(lengths * self.dtype.itemsize)
+            wrong = self._positions[start : start + BLOCK_ENTRIES] != ends - lengths * self.dtype.itemsize
+            if wrong.any():
+                number = int(np.argmax(wrong))
+                needed = ends[number] - lengths[number] * self.dtype.itemsize
+                raise DataError(
+                    f"{self.index_path}: sequence {start + number} is said to begin at byte "
+                    f"{self._positions[start + number]} of the .bin file, but those before it end at byte {needed}"
+                )
+            position_bytes = int(ends[-1])
+        return position_bytes // self.dtype.itemsize
+
+    def _check_documents(self) -> None:
+        entries = self.document_indices
+        if entries[0] != 0 or entries[-1] != self.num_sequences:
+            raise DataError(
+                f"{self.index_path}: the documents go from sequence {entries[0]} to {entries[-1]}; "
+                f"needed: 0 to {self.num_sequences}"
+            )
+        for start in range(0, len(entries), BLOCK_ENTRIES):
+            wrong = np.diff(entries[start : start + BLOCK_ENTRIES + 1]) < 0
+            if wrong.any():
+                raise DataError(f"{self.index_path}: document {start + int(np.argmax(wrong))} ends before it begins")
+
+    def _open_bin(self) -> BinaryIO:
+        try:
+            file = open(self.bin_path, "rb", buffering=0)
+        except OSError as error:
+            raise DataError(f"{self.bin_path}: cannot be read: {error.strerror}; {self.index_path} needs it") from error
+        found, needed = os.fstat(file.fileno()).st_size, self.num_tokens * self.dtype.itemsize
+        if found != needed:
+            file.close()
+            raise DataError(
+                f"{self.bin_path}: found {found} bytes; {self.index_path.name} describes {self.num_tokens} tokens of "
+                f"{self.dtype}, {needed} bytes: the file is {'truncated' if found < needed else 'of another index'}"
+            )
+        return file
+
+
+def _map_index(path: Path, prefix: str) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+        if size >= HEADER.size:
+            return np.memmap(path, np.uint8, mode="r")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}{_prefix_hint(prefix)}") from error
+    raise DataError(f"{path}: found {size} bytes, and the header of an index alone has {HEADER.size}: the file is truncated")
+
+
+def _prefix_hint(prefix: str) -> str:
+    for suffix in (".idx", ".bin"):
+        if prefix.endswith(suffix):
+            return f"; give the prefix without {suffix}"
+    path = Path(prefix)
+    near = sorted(file.name[: -len(".idx")] for file in path.parent.glob("*.idx") if file.name.startswith(path.name))
+    return f"; prefixes there: {', '.join(near[:4])}" if near else ""
+
+
+def _parse_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int, int]:
+    """The dtype of the tokens, the number of sequences and the number of document entries."""
+    magic, version, code, num_sequences, document_entries = HEADER.unpack(index[: HEADER.size].tobytes())
+    if magic != MAGIC:
+        raise DataError(f"{path}: not an index: begins with {magic!r}, needed {MAGIC!r}")
+    if version != VERSION:
+        raise DataError(f"{path}: index version {version}, needed {VERSION}")
+    if code not in DTYPES or np.dtype(DTYPES[code]).kind == "f":
+        known = ", ".join(f"{number} {np.dtype(kind)}" for number, kind in DTYPES.items() if np.dtype(kind).kind != "f")
+        raise DataError(f"{path}: dtype code {code} is not one of token ids ({known})")
+    needed = HEADER.size + 12 * num_sequences + 8 * document_entries
+    if document_entries < 1 or len(index) not in (needed, needed + num_sequences):
+        raise DataError(
+            f"{path}: found {len(index)} bytes; its header announces {num_sequences} sequences and {document_entries} document "
+            f"entries (at least 1), {needed} bytes: the file is truncated or damaged"
+        )
+    return np.dtype(DTYPES[code]).newbyteorder("<"), num_sequences, document_entries
+
+
+def _check_modes(path: Path, index: np.ndarray, offset: int) -> None:
+    if index[offset:].any():
+        raise DataError(f"{path}: a multimodal dataset: some of its sequences are not text")

@@ -1,0 +1,109 @@
+"""The record of a run: `metrics.jsonl`, one JSON object per step, and the same values for TensorBoard.
+
+`step` counts finished updates: the first line has step 1, and a checkpoint of step k holds what lines up to k describe.
+Resuming from step k cuts the file back to k, so a killed and resumed run leaves the file of one that never stopped.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one training step reports.
+
+    `loss` is the token mean over the global batch, `tokens` the tokens trained on since the run began, this step's
+    included, `mfu` a share of the devices' dense peak (None, and not written, where that is not known).
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    step_seconds: float
+    tokens_per_second: float
+    mfu: float | None = None
+
+
+class MetricsWriter:
+    """Writes a run's records; only rank 0 makes one.
+
+    `resume_step` is the step that the run continues from, 0 for a fresh start: records after it are dropped, from the
+    file (rewritten beside it, then renamed) and from TensorBoard's view.
+    """
+
+    def __init__(self, run_directory: str | Path, resume_step: int = 0) -> None:
+        directory = Path(run_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / "metrics.jsonl"
+        cut_back(self.path, resume_step)
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
+
+    def write_step(self, record: StepRecord, **extra: Any) -> None:
+        """Writes one training step; `extra` fields (such as `skipped=True`) go to the file alone."""
+        values = {name: value for name, value in asdict(record).items() if value is not None}
+        self._write({**values, **extra})
+        for name, value in values.items():
+            if name != "step":
+                self._tensorboard.add_scalar(f"train/{name}", value, record.step)
+
+    def write_evaluation(self, step: int, valid_loss: float) -> None:
+        """Writes the held-out loss of the model after `step` updates."""
+        self._write({"step": step, "valid_loss": valid_loss})
+        self._tensorboard.add_scalar("valid/loss", valid_loss, step)
+
+    def flush(self) -> None:
+        """Puts all records on disk; called before a checkpoint commits, so that none is behind it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+        self._tensorboard.close()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        """One line; floats as Python's shortest exact form, and null for a loss or norm that is not finite."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keeps of a metrics file the records up to `step`, byte for byte; unreadable lines, a torn last one too, go.
+
+    Atomic: the new file replaces the old by one rename, and nothing is rewritten where nothing has to go.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    kept = b"".join(line for line in content.splitlines(keepends=True) if line.endswith(b"\n") and _step_of(line) <= step)
+    if kept == content:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a record, infinity where the line is not one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return math.inf
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if type(step) is int else math.inf

@@ -1,0 +1,107 @@
+"""One line per log interval, the same for every layout."""
+
+import math
+from dataclasses import dataclass
+from typing import TextIO
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What a progress line says. `flops_per_second` is per device; `mfu` and `memory_bytes` are None where unknown."""
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    flops_per_second: float
+    remaining_seconds: float
+    mfu: float | None = None
+    memory_bytes: int | None = None
+    skipped_steps: int = 0
+
+
+def format_interval(interval: Interval) -> str:
+    """The progress line: step, loss, learning rate, gradient norm, speed, utilisation, time left, memory."""
+    width = len(str(interval.total_steps))
+    parts = [
+        f"step {interval.step:>{width}}/{interval.total_steps}",
+        f"loss {interval.loss:.4f}",
+        f"lr {interval.learning_rate:.2e}",
+        f"norm {interval.grad_norm:.3f}",
+        f"{interval.tokens_per_second:,.0f} tokens/s",
+        f"{interval.flops_per_second / 1e12:.3g} TFLOP/s per device" if interval.mfu is None else f"MFU {interval.mfu:.1%}",
+        f"{format_duration(interval.remaining_seconds)} left",
+    ]
+    if interval.memory_bytes is not None:
+        parts.append(f"memory {interval.memory_bytes / GIB:.2f} GiB")
+    if interval.skipped_steps:
+        parts.append(f"SKIPPED {interval.skipped_steps} (loss or gradient not finite)")
+    return " | ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as 12s, 3m05s, 2h03m or 21d04h: the two largest units."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    whole = round(seconds)
+    for size, name, small_size, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{name}{whole % size // small_size:02d}{small_name}"
+    return f"{whole}s"
+
+
+class Progress:
+    """Prints progress lines; only rank 0 makes one.
+
+    `flops_per_token` counts forward and backward, `peak` is the dense FLOP/s of one device or None; `stream` None is
+    standard output.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        tokens_per_step: int,
+        flops_per_token: int,
+        device_count: int,
+        peak: float | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.total_steps = total_steps
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.device_count = device_count
+        self.peak = peak
+        self.stream = stream
+
+    def report(
+        self,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        grad_norm: float,
+        steps: int,
+        seconds: float,
+        memory_bytes: int | None = None,
+        skipped_steps: int = 0,
+    ) -> None:
+        """Prints the line of the interval that ended with `step`: `steps` steps in `seconds` of wall time."""
+        tokens_per_second = steps * self.tokens_per_step / seconds
+        flops_per_second = tokens_per_second * self.flops_per_token / self.device_count
+        interval = Interval(
+            step=step,
+            total_steps=self.total_steps,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens_per_second=tokens_per_second,
+            flops_per_second=flops_per_second,
+            remaining_seconds=(self.total_steps - step) * seconds / steps,
+            mfu=flops_per_second / self.peak if self.peak else None,
+            memory_bytes=memory_bytes,
+            skipped_steps=skipped_steps,
+        )
+        print(format_interval(interval), file=self.stream, flush=True)

@@ -1,0 +1,91 @@
+"""What training, evaluation and generation stand on: ranks, axes, kernels, this rank's stages and the executor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from megatron_llama.config import RunConfig
+from megatron_llama.model.attention import kv_replicas
+from megatron_llama.model.build import ModelContext
+from megatron_llama.model.stage import Stage, build_chunks
+from parallel.groups import ProcessGroups, build_groups
+from parallel.kernels.table import Kernels, resolve_kernels
+from parallel.pipeline.executor import Executor
+from parallel.pipeline.layout import Placement, split_layers
+from parallel.topology import Topology
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One rank's part of the program, built once."""
+
+    config: RunConfig
+    device: torch.device
+    groups: ProcessGroups
+    kernels: Kernels
+    placement: Placement
+    layers: Sequence[range]
+    chunks: Sequence[Stage]
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether this rank holds the last stage."""
+        return any(chunk.is_last for chunk in self.chunks)
+
+    def executor(self, sequence_length: int, micro_batch_size: int) -> Executor:
+        """An executor for activations of that size: [s, b, h], or [s/tp, b, h] under sequence parallelism."""
+        context = self.chunks[0].context
+        local_sequence = sequence_length // (self.groups.tp.size if context.sequence_parallel else 1)
+        shape = (local_sequence, micro_batch_size, self.config.model.hidden_size)
+        return Executor(self.chunks, self.placement, self.groups, shape, context.dtype, self.device)
+
+
+def topology_of(config: RunConfig, world_size: int) -> Topology:
+    """The rank grid: dp follows from the world size where it is not given."""
+    parallel = config.parallel
+    dp = parallel.dp or world_size // (parallel.tp * parallel.pp * parallel.cp)
+    return Topology(pp=parallel.pp, dp=dp, cp=parallel.cp, tp=parallel.tp)
+
+
+def replica_groups(config: RunConfig, topology: Topology, placement: Placement) -> dict[str, list[tuple[int, ...]]]:
+    """Axes that only some segments need: runs of tensor ranks that share a kv head, and the two ends of a tied embedding."""
+    groups = {}
+    replicas = kv_replicas(config.model.num_kv_heads, topology.tp)
+    if replicas > 1:
+        groups["kv"] = topology.subgroups("tp", replicas)
+    first, last = placement.embedding_ranks
+    if config.model.tie_embeddings and first != last:
+        groups["embedding"] = [(ranks[first], ranks[last]) for ranks in topology.groups("pp")]
+    return groups
+
+
+def build_runtime(
+    config: RunConfig, rank: int, world_size: int, device: torch.device, timeout: timedelta, fresh: bool = True
+) -> Runtime:
+    """Build this rank's groups and stages; all ranks call it together.
+
+    `fresh`: give the weights their initial values (otherwise they are zero, about to be loaded).
+    """
+    parallel = config.parallel
+    topology = topology_of(config, world_size)
+    placement = Placement(parallel.pp, parallel.chunks)
+    groups = build_groups(topology, rank, replica_groups(config, topology, placement), timeout)
+    layers = split_layers(config.model.num_layers, placement.num_stages, parallel.layers_per_stage)
+    kernels = resolve_kernels(vars(config.kernels), device)
+    context = ModelContext(
+        model=config.model,
+        groups=groups,
+        kernels=kernels,
+        sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
+        recompute=parallel.recompute,
+        dtype=DTYPES[config.train.dtype],
+        device=device,
+        seed=config.train.seed if fresh else None,
+    )
+    return Runtime(config, device, groups, kernels, placement, layers, build_chunks(context, placement, layers))

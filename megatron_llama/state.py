@@ -1,0 +1,119 @@
+"""What a checkpoint of a run holds, and how a run takes it up again."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_llama.config import ModelConfig, RunConfig, checkpoint_directory, from_dict, to_dict
+from megatron_llama.runtime import Runtime
+from parallel.checkpoint.load import load_tensors
+from parallel.checkpoint.manifest import Manifest, read_manifest
+from parallel.checkpoint.save import GroupVoter, SingleProcess, Voter, save_checkpoint
+from parallel.checkpoint.steps import newest_checkpoint, resolve_checkpoint
+from parallel.errors import CheckpointError
+from parallel.shards import TensorBox
+from parallel.zero.native import NativeZero
+
+TOKENIZER_FILE = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: updates done (skipped ones too), samples read, tokens read."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+def voter() -> Voter:
+    """All ranks of the run, for saving."""
+    return GroupVoter() if dist.is_initialized() else SingleProcess()
+
+
+def save_state(
+    runtime: Runtime, engine: NativeZero, position: Position, dataset: dict[str, Any], tokenizer: bytes | None
+) -> Path:
+    """Save weights, optimizer state and position. All ranks call it together. Raises CheckpointError on all of them."""
+    engine.finish()
+    config = runtime.config
+    state = {
+        "position": dataclasses.asdict(position),
+        "optimizer_steps": engine.optimizer_steps,
+        "config": to_dict(config),
+        "world_size": runtime.groups.topology.world_size,
+        "dataset": dataset,
+    }
+    groups = {"weights": engine.weight_boxes(write=True), "optimizer": engine.optimizer_boxes(write=True)}
+    return save_checkpoint(
+        checkpoint_directory(config),
+        position.step,
+        groups,
+        state,
+        world=voter(),
+        extra_files={TOKENIZER_FILE: tokenizer} if tokenizer is not None else None,
+        keep=config.checkpoint.keep,
+    )
+
+
+def find_checkpoint(config: RunConfig) -> Path | None:
+    """The step directory that `checkpoint.load` asks for, or None for a fresh start. Raises CheckpointError."""
+    if config.checkpoint.load == "none":
+        return None
+    if config.checkpoint.load == "auto":
+        return newest_checkpoint(checkpoint_directory(config))
+    return resolve_checkpoint(Path(config.checkpoint.load))
+
+
+def load_state(directory: Path, runtime: Runtime, engine: NativeZero) -> Position:
+    """Load a checkpoint, made in whatever layout, into this one: weights, optimizer state and position.
+
+    Raises CheckpointError where it is damaged, or of another model.
+    """
+    manifest = read_manifest(directory)
+    check_model(directory, manifest, runtime.config.model)
+    load_tensors(directory, chain(engine.weight_boxes(write=False), engine.optimizer_boxes(write=False)), manifest)
+    engine.optimizer_steps = manifest.state["optimizer_steps"]
+    engine.publish_weights()
+    return Position(**manifest.state["position"])
+
+
+def stored_config(directory: Path, manifest: Manifest) -> RunConfig:
+    """The configuration of the run that wrote the checkpoint."""
+    if "config" not in manifest.state:
+        raise CheckpointError(f"{directory}: the manifest holds no configuration; it was not written by a training run")
+    return from_dict(manifest.state["config"], origin=str(directory))
+
+
+def check_model(directory: Path, manifest: Manifest, model: ModelConfig) -> None:
+    """Raise CheckpointError naming every size in which the checkpoint's model differs from this one."""
+    stored = stored_config(directory, manifest).model
+    ignored = ("preset", "init_std")
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in ignored]
+    different = [name for name in names if getattr(stored, name) != getattr(model, name)]
+    if different:
+        listed = ", ".join(f"model.{n} = {getattr(stored, n)} (this run has {getattr(model, n)})" for n in different)
+        raise CheckpointError(
+            f"{directory} is a checkpoint of another model: {listed}; set these fields as in the checkpoint, "
+            "or --checkpoint.load none to start afresh"
+        )
+
+
+@torch.no_grad()
+def load_weights(directory: Path, runtime: Runtime, manifest: Manifest) -> None:
+    """Load the weights alone, for evaluation and generation, one parameter at a time."""
+    for chunk in runtime.chunks:
+        for parameter in chunk.parameters():
+            wide = torch.zeros(parameter.shape, dtype=torch.float32)  # checkpoints hold fp32
+            boxes = [
+                TensorBox(s.name, s.global_shape, s.box, wide[s.local.slices()]) for s in parameter.shard.segments
+            ]
+            load_tensors(directory, boxes, manifest)
+            parameter.copy_(wide)

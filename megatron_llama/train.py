@@ -1,0 +1,149 @@
+"""The main program: pretrain a LLaMA.
+
+    python -m megatron_llama.train --config FILE.toml [--section.field value ...]      (or under torchrun -m)
+
+Read it first: every object of a run is built here, in order.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+import megatron_llama
+from megatron_llama.config import RunConfig, load_config, micro_batches_per_step, to_toml, total_steps, validate
+from megatron_llama.data.blend import Blend, build_blend
+from megatron_llama.data.loader import Loader
+from megatron_llama.evaluate import Evaluator
+from megatron_llama.flops import parameter_count
+from megatron_llama.metrics import MetricsWriter
+from megatron_llama.program import STOPPED, agree, open_log, run_program
+from megatron_llama.runtime import Runtime, build_runtime
+from megatron_llama.state import TOKENIZER_FILE, Position, find_checkpoint, load_state, save_state
+from megatron_llama.step import TrainStep, optimizer_settings
+from megatron_llama.tokenizer import Tokenizer
+from megatron_llama.trainer import Trainer
+from parallel import launch as launching
+from parallel.errors import ConfigError
+from parallel.launch import Launch
+from parallel.zero.native import NativeZero
+
+TIMEOUT = timedelta(minutes=10)
+
+
+def main(launch: Launch, argv: list[str]) -> int:
+    """Train as the arguments ask for. Returns the exit code: 0 done, 75 stopped with its state saved."""
+    config = load_config(argv)
+    if "--print-config" in argv:
+        if launch.rank == 0:
+            print(to_toml(config), end="")
+        return 0
+    validate(config, launch.world_size)
+    device = launching.choose_device(launch, config.train.device)
+    launching.start(launch, device, TIMEOUT)
+    runtime = build_runtime(config, launch.rank, launch.world_size, device, TIMEOUT)
+    world, data = runtime.groups.world, runtime.groups.data
+    train_data, valid_data, tokenizer = agree(lambda: _open_data(config), world, device)
+    run_directory = Path(config.log.directory)
+    log = open_log(run_directory, launch.rank)
+
+    engine = NativeZero(runtime.chunks, runtime.groups, optimizer_settings(config))
+    position = agree(lambda: _resume(config, runtime, engine), world, device)
+    step = TrainStep(runtime, engine, micro_batches_per_step(config, launch.world_size))
+    log.info(describe(launch, runtime, engine, step, train_data, position))
+    metrics = None
+    if launch.rank == 0:
+        (run_directory / "config.toml").write_text(to_toml(config))
+        if tokenizer is not None:
+            shutil.copyfile(config.data.tokenizer, run_directory / TOKENIZER_FILE)
+        metrics = MetricsWriter(run_directory, position.step)
+    train = config.train
+    loader = Loader(train_data, train.sequence_length, train.micro_batch_size, train.global_batch_size, data.rank, data.size)
+    evaluator = None
+    if valid_data is not None:
+        evaluator = Evaluator(runtime, valid_data, train.evaluate_tokens, train.micro_batch_size)
+
+    def save(position: Position) -> None:
+        directory = save_state(runtime, engine, position, train_data.fingerprint(), tokenizer)
+        log.info(f"step {position.step}: saved {directory}")
+
+    finished = Trainer(config, step, engine, loader, position, save, evaluator, metrics).run()
+    if metrics is not None:
+        metrics.close()
+    return 0 if finished else STOPPED
+
+
+def _open_data(config: RunConfig) -> tuple[Blend, Blend | None, bytes | None]:
+    """Training data, held-out data, and the tokenizer's bytes. Raises DataError and ConfigError."""
+    data, model, length = config.data, config.model, config.train.sequence_length
+    train = build_blend([(s.prefix, s.weight) for s in data.train], length, data.seed, model.vocab_size)
+    valid = None
+    if data.valid:
+        entries = [(s.prefix, s.weight) for s in data.valid]
+        valid = build_blend(entries, length, data.seed, model.vocab_size, shuffle=False)
+    if not data.tokenizer:
+        return train, valid, None
+    tokenizer = Tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer {data.tokenizer} has {tokenizer.vocab_size} pieces, more than model.vocab_size = "
+            f"{model.vocab_size}: set --model.vocab_size {tokenizer.vocab_size}"
+        )
+    return train, valid, Path(data.tokenizer).read_bytes()
+
+
+def _resume(config: RunConfig, runtime: Runtime, engine: NativeZero) -> Position:
+    """Where to start from: the checkpoint that was asked for or found, else the beginning."""
+    directory = find_checkpoint(config)
+    position = Position() if directory is None else load_state(directory, runtime, engine)
+    if position.step >= total_steps(config):
+        raise ConfigError(
+            f"{directory} is at step {position.step}, and train.steps = {total_steps(config)} is not beyond it: "
+            "raise --train.steps, or set --checkpoint.load none to start afresh"
+        )
+    return position
+
+
+def describe(
+    launch: Launch, runtime: Runtime, engine: NativeZero, step: TrainStep, data: Blend, position: Position
+) -> str:
+    """What is about to run, for the log."""
+    config, groups, report = runtime.config, runtime.groups, step.report
+    model, train, parallel = config.model, config.train, config.parallel
+    stages = "; ".join(
+        f"stage {s} (pp rank {runtime.placement.rank(s)}): layers {layers.start}-{layers.stop - 1}"
+        for s, layers in enumerate(runtime.layers)
+    )
+    buckets = engine.buckets
+    state_bytes = sum(b.weights.numel() * b.weights.element_size() + 4 * b.main_grad.numel() for b in buckets)
+    state_bytes += sum(4 * b.master.numel() * (3 if b.weights.dtype != torch.float32 else 2) for b in buckets)
+    peaks = ", ".join(map(str, report.peak_activations))
+    micro_batches = train.global_batch_size // (train.micro_batch_size * groups.data.size)
+    tokens = train.global_batch_size * train.sequence_length
+    return "\n".join(
+        [
+            f"Megatron-LLaMA {megatron_llama.__version__}, torch {torch.__version__}, {launch.world_size} x "
+            f"{runtime.device.type} ({launch.launcher})",
+            f"model     {model.preset or 'custom'}: {parameter_count(model):,} parameters, {model.num_layers} layers, "
+            f"hidden {model.hidden_size}, {model.num_heads} heads, {model.num_kv_heads} kv heads, {train.dtype}",
+            f"grid      {groups.topology}{', sequence parallel' if runtime.chunks[0].context.sequence_parallel else ''}",
+            f"layers    {stages}",
+            f"schedule  {parallel.schedule}, {micro_batches} micro-batches of {train.micro_batch_size}; bubble {report.bubble:.1%} "
+            f"where a backward costs two forwards; activations in flight per stage: {peaks}; recompute {parallel.recompute}",
+            f"optimizer {config.optimizer.name}, ZeRO stage {parallel.zero_stage} over {groups.data.size} data ranks, "
+            f"{len(buckets)} buckets; weights, gradients and optimizer state of this rank: {state_bytes / 2**20:,.1f} MiB",
+            f"kernels   {runtime.kernels}",
+            f"data      {len(data.sources)} sources, {data.num_windows:,} windows of {train.sequence_length} tokens; "
+            f"this run reads {total_steps(config) * train.global_batch_size / data.num_windows:.2f} epochs",
+            f"steps     {total_steps(config):,} of {train.global_batch_size} sequences = {tokens:,} tokens; "
+            f"starting at step {position.step}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(lambda launch: main(launch, sys.argv[1:])))

@@ -1,0 +1,135 @@
+"""Each planted bug must break the parity criteria: a matrix that a wrong factor can slip through proves nothing.
+
+Bugs are planted in this process; the ranks are forked from it and inherit them. The reference on one process is made first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import parallel.collectives
+import parallel.zero.buckets
+import parallel.zero.grad_norm
+import parallel.zero.native
+from parallel.pipeline.executor import Executor
+from parallel.zero.buckets import Bucket
+from parallel.zero.native import NativeZero
+from tests.parity.comparison import differences, inexact, reference
+from tests.parity.test_parity import GQA, SGD, TIED, layout
+from tests.parity.training import Case, train
+from tests.ranks import run_ranks
+
+SP = Case("sp", layout(tp=2, sequence_parallel=True), optimizer=SGD)
+KV = Case("kv", layout(tp=4, sequence_parallel=True), GQA, optimizer=SGD)
+TIED_PIPELINE = Case("tied", layout(pp=2), TIED, optimizer=SGD)
+DATA = Case("dp", layout(dp=2), optimizer=SGD)
+PIPELINE = Case("pp", layout(pp=2), optimizer=SGD)
+
+
+def halve_norm_gradients(monkeypatch) -> None:
+    sum_replicas = parallel.zero.grad_norm.sum_replicas
+
+    def halved(bucket, groups):
+        sum_replicas(bucket, groups)
+        if "tp" in bucket.bucket_class.replica_axes:
+            bucket.main_grad.mul_(0.5)
+
+    monkeypatch.setattr(parallel.zero.native, "sum_replicas", halved)
+
+
+def skip_replica_sums(monkeypatch) -> None:
+    monkeypatch.setattr(parallel.zero.native, "sum_replicas", lambda bucket, groups: None)
+
+
+def count_replicas_twice(monkeypatch) -> None:
+    """The gradient norm counts every copy whole."""
+
+    def counted(buckets, data_copies):
+        return sum(bucket.master_grad.double().square().sum() for bucket in buckets) / data_copies
+
+    monkeypatch.setattr(parallel.zero.native, "local_squared_norm", counted)
+
+
+def double_gradients(monkeypatch) -> None:
+    reduce_gradients = NativeZero.reduce_gradients
+
+    def doubled(self):
+        reduce_gradients(self)
+        for bucket in self.buckets:
+            bucket.master_grad.mul_(2.0)
+
+    monkeypatch.setattr(NativeZero, "reduce_gradients", doubled)
+
+
+def reduce_before_the_last_backward(monkeypatch) -> None:
+    """The first micro-batch's gradients are reduced by themselves, and then once more with the others."""
+    backward = Executor._backward
+
+    def early(self, action, mailbox):
+        backward(self, action, mailbox)
+        if action.micro_batch == 0:
+            self.listener_under_test.last_use(action.chunk)
+            self.listener_under_test.no_more_grads(action.chunk)
+            for bucket in self.listener_under_test.buckets:
+                bucket.wait_reduction()
+
+    run = Executor.run
+
+    def remember(self, actions, micro_batches, listener=None):
+        self.listener_under_test = listener
+        return run(self, actions, micro_batches, listener)
+
+    monkeypatch.setattr(Executor, "_backward", early)
+    monkeypatch.setattr(Executor, "run", remember)
+
+
+def forget_a_gather(monkeypatch) -> None:
+    start_gather = Bucket.start_gather
+    monkeypatch.setattr(Bucket, "start_gather", lambda self: None if self.start else start_gather(self))
+
+
+def swap_micro_batches(monkeypatch) -> None:
+    """The executor hands the wrong micro-batch's gradient back."""
+    backward = torch.autograd.backward
+    monkeypatch.setattr(torch.autograd, "backward", lambda edge, dy=None: backward(edge, None if dy is None else dy.flip(0)))
+
+
+@pytest.mark.parametrize(
+    ("plant", "case"),
+    [
+        (halve_norm_gradients, SP),
+        (skip_replica_sums, SP),
+        (count_replicas_twice, SP),
+        (skip_replica_sums, KV),
+        (count_replicas_twice, KV),
+        (skip_replica_sums, TIED_PIPELINE),
+        (count_replicas_twice, TIED_PIPELINE),
+        (double_gradients, DATA),
+        (reduce_before_the_last_backward, DATA),
+        (swap_micro_batches, PIPELINE),
+    ],
+    ids=lambda value: value.name if isinstance(value, Case) else value.__name__,
+)
+def test_planted_bug_is_caught(plant, case: Case, monkeypatch) -> None:
+    reference(case)
+    plant(monkeypatch)
+    assert differences(case, run_ranks(case.world_size, train, case)) != []
+
+
+def test_doubled_gradients_are_caught_under_adam_too(monkeypatch) -> None:
+    """Adam hides a scale; the step-0 gradients and norm do not."""
+    case = Case("adam", layout(dp=2))
+    reference(case)
+    double_gradients(monkeypatch)
+    assert differences(case, run_ranks(2, train, case)) != []
+
+
+def test_one_flipped_bit_is_caught_by_the_exact_criteria(monkeypatch) -> None:
+    case = Case("exact", layout(pp=2), optimizer=replace(SGD, clip_norm=0.0))
+    reference(case)
+    rms_norm = torch.rsqrt
+    monkeypatch.setattr(torch, "rsqrt", lambda x: rms_norm(x) * (1.0 + 2.0**-23))
+    assert inexact(run_ranks(2, train, case), [reference(case)]) != []

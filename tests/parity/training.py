@@ -1,0 +1,161 @@
+"""Trains a tiny LLaMA on random tokens in a given layout and returns what the parity tests compare.
+
+The tokens of sample i are a function of i alone, so every layout sees the same global batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+
+import torch
+
+from megatron_llama.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_llama.data.loader import MicroBatch
+from megatron_llama.runtime import Runtime, build_runtime
+from megatron_llama.step import TrainStep, optimizer_settings
+from parallel.shards import TensorBox
+from parallel.zero.native import NativeZero
+
+MODEL = ModelConfig(
+    num_layers=4, hidden_size=32, num_heads=4, num_kv_heads=4, ffn_hidden_size=48, vocab_size=96, norm_eps=1e-5, init_std=0.05
+)
+TRAIN = TrainConfig(steps=8, global_batch_size=8, micro_batch_size=1, sequence_length=16, dtype="fp32", seed=7)
+# LLaMA-2's eps: with a smaller one, Adam's first steps turn the rounding noise of gradients near zero into full-size updates.
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, eps=1e-5, weight_decay=0.1, clip_norm=0.5)
+BUCKET_SIZE = 4000  # several buckets per chunk
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and the model and settings to train in it."""
+
+    name: str
+    parallel: ParallelConfig
+    model: ModelConfig = MODEL
+    train: TrainConfig = TRAIN
+    optimizer: OptimizerConfig = OPTIMIZER
+    ragged: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.parallel.tp * self.parallel.pp * max(self.parallel.dp, 1)
+
+    @property
+    def config(self) -> RunConfig:
+        parallel = replace(self.parallel, bucket_size=BUCKET_SIZE)
+        return RunConfig(model=self.model, parallel=parallel, train=self.train, optimizer=self.optimizer)
+
+    @property
+    def alone(self) -> Case:
+        """The same training on one process: no parallelism, no recomputation, no sharding."""
+        return replace(self, name="alone", parallel=ParallelConfig(dp=1, schedule="1f1b", zero_stage=0))
+
+
+@dataclass
+class Outcome:
+    """What one rank saw."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    skipped: list[float] = field(default_factory=list)
+    gradients: list[TensorBox] = field(default_factory=list)  # of step 0
+    weights: list[TensorBox] = field(default_factory=list)  # after the last step
+    sent_bytes: dict = field(default_factory=dict)  # of one later step
+    peak_in_flight: int = 0
+    predicted_peak: int = 0
+
+
+def sample(index: int, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [s + 1] and loss mask [s] of sample `index`."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    length = case.train.sequence_length
+    tokens = torch.randint(0, case.model.vocab_size, (length + 1,), generator=generator)
+    mask = torch.ones(length)
+    if case.ragged:
+        mask[torch.randint(1, length, (1,), generator=generator).item() :] = 0.0
+    return tokens, mask
+
+
+def micro_batches(case: Case, step: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
+    """This data rank's micro-batches of a step: contiguous parts of the global batch."""
+    train = case.train
+    per_rank = train.global_batch_size // dp_size
+    first = step * train.global_batch_size + dp_rank * per_rank
+    batches = []
+    for start in range(first, first + per_rank, train.micro_batch_size):
+        drawn = [sample(i, case) for i in range(start, start + train.micro_batch_size)]
+        tokens = torch.stack([tokens for tokens, _ in drawn], dim=1)  # [s + 1, b]
+        mask = torch.stack([mask for _, mask in drawn], dim=1)
+        batches.append(MicroBatch(tokens[:-1], tokens[1:], mask, torch.arange(train.sequence_length)))
+    return batches
+
+
+def _copies(boxes) -> list[TensorBox]:
+    return [replace(box, tensor=box.tensor.detach().clone()) for box in boxes]
+
+
+def train(rank: int, world_size: int, case: Case, steps: int = 8) -> Outcome:
+    """Train `steps` steps on this rank."""
+    runtime = build_runtime(case.config, rank, world_size, torch.device("cpu"), timedelta(seconds=60))
+    engine = NativeZero(runtime.chunks, runtime.groups, optimizer_settings(case.config))
+    data = runtime.groups.data
+    per_step = case.train.global_batch_size // (case.train.micro_batch_size * data.size)
+    step_runner = TrainStep(runtime, engine, per_step)
+    outcome = Outcome(predicted_peak=step_runner.report.peak_activations[runtime.groups.place.pp])
+    for step in range(steps):
+        if step == 0:
+            _keep_gradients(engine, outcome)
+        if step == 2:
+            runtime.groups.ledger.clear()
+        batch = step_runner.prepare(micro_batches(case, step, data.rank, data.size))
+        info = step_runner.run(batch, case.optimizer.learning_rate)
+        if step == 2:
+            outcome.sent_bytes = {key: value for key, value in runtime.groups.ledger.sent_bytes.items() if value}
+        outcome.losses.append(info.sums[0].item())
+        outcome.norms.append(info.norm.item())
+        outcome.skipped.append(info.skipped.item())
+    engine.finish()
+    outcome.weights = _copies(engine.weight_boxes(write=False))
+    outcome.peak_in_flight = step_runner.executor.peak_in_flight
+    check_published(runtime, engine)
+    return outcome
+
+
+def _keep_gradients(engine: NativeZero, outcome: Outcome) -> None:
+    """Copy the first step's gradients between reduction and update."""
+    reduce_gradients = engine.reduce_gradients
+
+    def reduce_and_keep() -> None:
+        reduce_gradients()
+        if not outcome.gradients:
+            outcome.gradients = _copies(engine.gradient_boxes())
+
+    engine.reduce_gradients = reduce_and_keep
+
+
+def check_published(runtime: Runtime, engine: NativeZero) -> None:
+    """The model's weights on this rank are its masters', rounded."""
+    for bucket in engine.buckets:
+        local = bucket.weights[bucket.start : bucket.stop]
+        assert torch.equal(local, bucket.master.to(local.dtype))
+
+
+def assemble(outcomes: list[Outcome], what: str) -> dict[str, torch.Tensor]:
+    """Full logical tensors from every rank's boxes. Copies that overlap must be bit-equal."""
+    full: dict[str, torch.Tensor] = {}
+    seen: dict[str, torch.Tensor] = {}
+    for outcome in outcomes:
+        for box in getattr(outcome, what):
+            if box.name not in full:
+                full[box.name] = torch.zeros(box.global_shape)
+                seen[box.name] = torch.zeros(box.global_shape, dtype=torch.bool)
+            place = box.box.slices()
+            known = seen[box.name][place]
+            difference = (full[box.name][place] - box.tensor)[known].abs().max().item() if known.any() else 0.0
+            assert difference == 0.0, f"copies of {what} {box.name} at {box.box} differ by {difference}"
+            full[box.name][place] = box.tensor
+            seen[box.name][place] = True
+    for name, covered in seen.items():
+        assert covered.all(), f"{name} is not covered"
+    return full
