@@ -11,7 +11,6 @@ PACKAGES = [
     "parallel",
     "parallel.checkpoint",
     "parallel.kernels",
-    "parallel.observe",
     "parallel.pipeline",
     "parallel.tensor",
     "parallel.zero",

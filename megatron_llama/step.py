@@ -70,7 +70,8 @@ class TrainStep:
         micro_batches = [replace(mb, loss_mask=mb.loss_mask / share) for mb in batch.micro_batches]
         self.engine.begin_step()
         losses = self.executor.run(self.actions, micro_batches, self.engine)
-        counts = self.runtime.has_loss and self.runtime.groups.tp.rank == 0  # tensor ranks all have the same loss
-        loss = torch.stack(losses).double().sum() if counts else torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        if self.runtime.has_loss and self.runtime.groups.tp.rank == 0:  # tensor ranks all have the same loss
+            loss = torch.stack(losses).double().sum()
         stop = torch.full_like(loss, float(stop_wished))
         return self.engine.step(learning_rate, torch.stack([loss, stop]))

@@ -114,6 +114,7 @@ def describe(
     """What is about to run, for the log."""
     config, groups, report = runtime.config, runtime.groups, step.report
     model, train, parallel = config.model, config.train, config.parallel
+    split = ", sequence parallel" if runtime.chunks[0].context.sequence_parallel else ""
     stages = "; ".join(
         f"stage {s} (pp rank {runtime.placement.rank(s)}): layers {layers.start}-{layers.stop - 1}"
         for s, layers in enumerate(runtime.layers)
@@ -130,10 +131,11 @@ def describe(
             f"{runtime.device.type} ({launch.launcher})",
             f"model     {model.preset or 'custom'}: {parameter_count(model):,} parameters, {model.num_layers} layers, "
             f"hidden {model.hidden_size}, {model.num_heads} heads, {model.num_kv_heads} kv heads, {train.dtype}",
-            f"grid      {groups.topology}{', sequence parallel' if runtime.chunks[0].context.sequence_parallel else ''}",
+            f"grid      {groups.topology}{split}",
             f"layers    {stages}",
-            f"schedule  {parallel.schedule}, {micro_batches} micro-batches of {train.micro_batch_size}; bubble {report.bubble:.1%} "
-            f"where a backward costs two forwards; activations in flight per stage: {peaks}; recompute {parallel.recompute}",
+            f"schedule  {parallel.schedule}, {micro_batches} micro-batches of {train.micro_batch_size}; bubble "
+            f"{report.bubble:.1%} where a backward costs two forwards; activations in flight per stage: {peaks}; "
+            f"recompute {parallel.recompute}",
             f"optimizer {config.optimizer.name}, ZeRO stage {parallel.zero_stage} over {groups.data.size} data ranks, "
             f"{len(buckets)} buckets; weights, gradients and optimizer state of this rank: {state_bytes / 2**20:,.1f} MiB",
             f"kernels   {runtime.kernels}",

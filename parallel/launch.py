@@ -39,8 +39,9 @@ def _from_torchrun(environment: Mapping[str, str]) -> Launch | None:
             values[name] = int(environment[name])
         except ValueError:
             raise LaunchError(f"{name}={environment[name]!r} in the environment is not an integer") from None
-    if not 0 <= values["RANK"] < values["WORLD_SIZE"]:
-        raise LaunchError(f"RANK={values['RANK']} is not below WORLD_SIZE={values['WORLD_SIZE']}")
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if not 0 <= values[rank] < values[size]:
+            raise LaunchError(f"{rank}={values[rank]} is not below {size}={values[size]}")
     return Launch(values["RANK"], values["LOCAL_RANK"], values["WORLD_SIZE"], values["LOCAL_WORLD_SIZE"], "torchrun")
 
 
@@ -84,7 +85,8 @@ def start(launch: Launch, device: torch.device, timeout: timedelta = timedelta(m
     try:
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     except (dist.DistError, ValueError, RuntimeError) as error:
-        raise LaunchError(f"rank {launch.rank} of {launch.world_size} could not join the others by {backend}: {error}") from error
+        where = f"rank {launch.rank} of {launch.world_size}"
+        raise LaunchError(f"{where} could not join the others over {backend}: {error}") from error
 
 
 def stop() -> None:

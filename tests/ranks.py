@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401  (an optimizer's first step imports it: 2-3 s once here instead of in every rank)
+import torch._dynamo  # (an optimizer's first step imports it: 2-3 s once here instead of in every rank)
 import torch.distributed as dist
 
 torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def _fork(rank: int, world_size: int, function: Callable, args: tuple, folder: P
         return pid
     code = 1
     try:
-        log = open(folder / f"log-{rank}", "w")  # noqa: SIM115  (stays open until the process ends)
+        log = open(folder / f"log-{rank}", "w")  # open until the process ends
         os.dup2(log.fileno(), 2)
         faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
         if world_size > 1:

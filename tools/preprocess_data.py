@@ -63,9 +63,7 @@ def run(arguments: argparse.Namespace) -> Summary:
             bar.set_postfix_str(f"{tokens / 1e6:.2f} M tokens", refresh=False)
             bar.update(read_bytes)
 
-        return preprocess(
-            arguments.input, arguments.output_prefix, settings, arguments.workers, arguments.documents, progress
-        )
+        return preprocess(arguments.input, arguments.output_prefix, settings, arguments.workers, arguments.documents, progress)
 
 
 def main() -> None:
@@ -85,7 +83,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, say
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

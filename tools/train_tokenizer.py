@@ -56,6 +56,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, say
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

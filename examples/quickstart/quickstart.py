@@ -172,7 +172,8 @@ def report_losses(output: Path, run_directory: Path) -> None:
     """Print the held-out loss beside a unigram model's, and stop where nothing was learned."""
     held_out = list(read_metrics(run_directory, "valid_loss").values())[-1]
     unigram = unigram_loss(output / "train", output / "valid", 2048)
-    print(f"held-out loss: {held_out:.4f} nats/token; a unigram model of the same tokens: {unigram:.4f}; uniform: {log(2048):.4f}")
+    print(f"held-out loss: {held_out:.4f} nats/token")
+    print(f"a unigram model of the same tokens: {unigram:.4f}; a uniform one: {log(2048):.4f}")
     if held_out > unigram - 0.5:
         sys.exit("quickstart: the model has not learned more than token frequencies")
 
@@ -193,7 +194,8 @@ def draw(output: Path, first: Path, second: Path, switch: int) -> Path:
     axes.plot(list(before), list(before.values()), color="#0072B2", label="tp 2 x pp 2, sequence parallel")
     axes.axvline(switch, color="0.6", linestyle=":", label=f"layout changed after step {switch}")
     axes.axhline(unigram, color="0.3", linestyle="--", label=f"unigram model, held out: {unigram:.2f}")
-    axes.plot(list(held_out), list(held_out.values()), "k*", markersize=10, label=f"held out: {list(held_out.values())[-1]:.2f}")
+    final = list(held_out.values())[-1]
+    axes.plot(list(held_out), list(held_out.values()), "k*", markersize=10, label=f"held out: {final:.2f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="A small LLaMA on Python's sources: one run, two layouts")
     axes.legend()
     path = output / "loss.png"

@@ -30,8 +30,8 @@ class MicroBatch:
     """
 
     tokens: Tensor  # [s, b] int64
-    targets: Tensor  # [s, b] int64
-    loss_mask: Tensor  # [s, b] float32
+    targets: Tensor | None  # [s, b] int64; None asks the model for logits
+    loss_mask: Tensor | None  # [s, b] float32
     positions: Tensor  # [s] int64
 
     def to(self, device: torch.device | str) -> MicroBatch:

@@ -17,6 +17,7 @@ from parallel.errors import DataError
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2", ".zip", ".parquet", ".tar")
+SEARCH_BYTES = 1 << 16  # read at a time to find a place to cut
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _SAFE_CUT = re.compile(rb"(?<!\xe2\x96\x81)(?<! ) (?=.)", re.DOTALL)  # as tokenizer.cut_text, in UTF-8
@@ -154,7 +155,7 @@ def _cut_after(file: BinaryIO, piece: Piece, position: int, kept: int) -> int:
     base = position - _CUT_CONTEXT_BYTES
     file.seek(base)
     window = b""
-    while block := file.read(1 << 16):
+    while block := file.read(SEARCH_BYTES):
         window += block
         cut = _SAFE_CUT.search(window, _CUT_CONTEXT_BYTES)
         if cut:

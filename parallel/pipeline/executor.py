@@ -67,20 +67,33 @@ class Executor:
         last_backward = {action.chunk: index for index, action in enumerate(actions) if action.kind in ("B", "W")}
         outputs: list[Tensor] = []
         self.peak_in_flight = 0
+        self._in_flight.clear()
         mailbox.post_receives(1)
         for index, action in enumerate(actions):
-            if action.kind == "F":
-                self._forward(action, micro_batches[action.micro_batch], mailbox, outputs, train=listener is not None)
-                continue
-            assert action.kind == "B" and listener is not None, f"cannot run {action}"
-            is_last = last_backward[action.chunk] == index
-            if is_last:
-                listener.last_use(action.chunk)
-            self._backward(action, mailbox)
-            if is_last:
-                listener.no_more_grads(action.chunk)
+            try:
+                if action.kind == "F":
+                    self._forward(action, micro_batches[action.micro_batch], mailbox, outputs, train=listener is not None)
+                    continue
+                assert action.kind == "B" and listener is not None, f"cannot run {action}"
+                is_last = last_backward[action.chunk] == index
+                if is_last:
+                    listener.last_use(action.chunk)
+                self._backward(action, mailbox)
+                if is_last:
+                    listener.no_more_grads(action.chunk)
+            except Exception as error:
+                error.add_note(self._where(action))
+                raise
         mailbox.finish()
         return outputs
+
+    def _where(self, action: Action) -> str:
+        """For whoever reads a failure: which rank, which action, which collective was the last to start."""
+        groups = self.groups
+        return (
+            f"in action {action} of stage {self.placement.stage(groups.place.pp, action.chunk)}, at {groups.place} of "
+            f"{groups.topology}; last collective: {groups.ledger.last}"
+        )
 
     def _mailbox(self, actions: list[Action]) -> Mailbox:
         groups = self.groups

@@ -67,8 +67,8 @@ def split_layers(num_layers: int, num_stages: int, wanted: str | Sequence[int] =
         counts = [int(count) for count in wanted]
         if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 1:
             raise ConfigError(
-                f"parallel.layers_per_stage = {counts} must be {num_stages} numbers of at least 1 (parallel.pp x parallel.chunks) "
-                f"that sum to model.num_layers = {num_layers}; they are {len(counts)} and sum to {sum(counts)}"
+                f"parallel.layers_per_stage = {counts} must be {num_stages} numbers of at least 1 (parallel.pp x "
+                f"parallel.chunks) that sum to model.num_layers = {num_layers}; they are {len(counts)} and sum to {sum(counts)}"
             )
     starts = [sum(counts[:stage]) for stage in range(num_stages)]
-    return [range(start, start + count) for start, count in zip(starts, counts)]
+    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]

@@ -89,7 +89,7 @@ class Bucket:
         dtype, device = self.parameters[0].dtype, self.parameters[0].device
         self.weights = torch.zeros(self.size, dtype=dtype, device=device)
         self.main_grad = torch.zeros(self.size, dtype=torch.float32, device=device)
-        for parameter, offset in zip(self.parameters, self.offsets):
+        for parameter, offset in zip(self.parameters, self.offsets, strict=True):
             view = self.weights[offset : offset + parameter.numel()].view(parameter.shape)
             view.copy_(parameter.data)
             parameter.data = view
@@ -140,7 +140,7 @@ class Bucket:
 
     def pieces(self) -> Iterator[tuple[Piece, slice]]:
         """Parts of this rank's shard in named global tensors, each with its place in the shard (`master[place]`)."""
-        for parameter, offset in zip(self.parameters, self.offsets):
+        for parameter, offset in zip(self.parameters, self.offsets, strict=True):
             low = max(self.start - offset, 0)
             high = min(self.stop - offset, parameter.numel())
             for piece in range_pieces(parameter.shard, low, high):

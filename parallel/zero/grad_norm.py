@@ -28,7 +28,8 @@ def sum_replicas(bucket: Bucket, groups: ProcessGroups) -> None:
     for name, members in sorted(views.items()):
         packed = torch.cat([view.reshape(-1) for view in members])
         all_reduce(packed, groups.axis(name))
-        for view, part in zip(members, packed.split([view.numel() for view in members])):
+        parts = packed.split([view.numel() for view in members])
+        for view, part in zip(members, parts, strict=True):
             view.copy_(part.view_as(view))
 
 

@@ -86,7 +86,7 @@ class NativeZero:
         for decay in (True, False):
             masters = [bucket.master for bucket in self.buckets if bucket.bucket_class.decay == decay]
             if masters:
-                param_groups.append({"params": masters, "weight_decay": settings.weight_decay if decay else 0.0})
+                param_groups.append({"params": masters, "weight_decay": settings.weight_decay * decay})
         for bucket in self.buckets:
             bucket.master.grad = bucket.master_grad
         if settings.algorithm == "sgd":
@@ -96,7 +96,7 @@ class NativeZero:
         optimizer = torch.optim.AdamW(
             param_groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
         )
-        for bucket in self.buckets:  # made now, so that memory does not grow at the first step and a checkpoint has where to load
+        for bucket in self.buckets:  # made now: memory does not grow at the first step, and a checkpoint has where to load
             optimizer.state[bucket.master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=bucket.master.device),
                 "exp_avg": torch.zeros_like(bucket.master),

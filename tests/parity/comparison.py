@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -19,7 +19,7 @@ BF16_LOSS_TOLERANCE = 2e-3
 BF16_NORM_TOLERANCE = 1e-3
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference(case: Case) -> Outcome:
     """The case's training on one process (each once per test session)."""
     return run_ranks(1, train, case.alone)[0]
@@ -47,7 +47,7 @@ def differences(case: Case, outcomes: list[Outcome]) -> list[str]:
     loss_tolerance = BF16_LOSS_TOLERANCE if bf16 else LOSS_TOLERANCE
     if relative(first.norms[0], expected.norms[0]) > norm_tolerance:
         broken.append(f"norm of step 0: {first.norms[0]!r}, one process has {expected.norms[0]!r}")
-    for step, (loss, right) in enumerate(zip(first.losses, expected.losses)):
+    for step, (loss, right) in enumerate(zip(first.losses, expected.losses, strict=True)):
         if relative(loss, right) > loss_tolerance:
             broken.append(f"loss of step {step}: {loss!r}, one process has {right!r}")
     try:

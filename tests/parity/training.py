@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
-from megatron_llama.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_llama.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_llama.data.loader import MicroBatch
 from megatron_llama.runtime import Runtime, build_runtime
 from megatron_llama.step import TrainStep, optimizer_settings
@@ -61,7 +62,8 @@ class Outcome:
     skipped: list[float] = field(default_factory=list)
     gradients: list[TensorBox] = field(default_factory=list)  # of step 0
     weights: list[TensorBox] = field(default_factory=list)  # after the last step
-    sent_bytes: dict = field(default_factory=dict)  # of one later step
+    optimizer: list[TensorBox] = field(default_factory=list)  # after the last step
+    sent_bytes: dict = field(default_factory=dict)  # of the last step
     peak_in_flight: int = 0
     predicted_peak: int = 0
 
@@ -91,35 +93,53 @@ def micro_batches(case: Case, step: int, dp_rank: int, dp_size: int) -> list[Mic
     return batches
 
 
-def _copies(boxes) -> list[TensorBox]:
+def copies(boxes) -> list[TensorBox]:
     return [replace(box, tensor=box.tensor.detach().clone()) for box in boxes]
+
+
+class Session:
+    """One rank's program: runtime, engine and step, and what it has seen so far."""
+
+    def __init__(self, rank: int, world_size: int, case: Case, directory: Path | None = None) -> None:
+        self.case = case
+        config = case.config
+        if directory is not None:
+            config = replace(config, checkpoint=CheckpointConfig(directory=str(directory), keep=0))
+        self.runtime = build_runtime(config, rank, world_size, torch.device("cpu"), timedelta(seconds=60))
+        self.engine = NativeZero(self.runtime.chunks, self.runtime.groups, optimizer_settings(config))
+        per_step = case.train.global_batch_size // (case.train.micro_batch_size * self.runtime.groups.data.size)
+        self.step_runner = TrainStep(self.runtime, self.engine, per_step)
+        self.outcome = Outcome()
+        self.outcome.predicted_peak = self.step_runner.report.peak_activations[self.runtime.groups.place.pp]
+
+    def step(self, step: int) -> None:
+        """Train on the global batch of number `step`."""
+        data = self.runtime.groups.data
+        self.runtime.groups.ledger.clear()
+        batch = self.step_runner.prepare(micro_batches(self.case, step, data.rank, data.size))
+        info = self.step_runner.run(batch, self.case.optimizer.learning_rate)
+        self.engine.finish()
+        sent = self.runtime.groups.ledger.sent_bytes
+        self.outcome.sent_bytes = {key: value for key, value in sent.items() if value}
+        self.outcome.losses.append(info.sums[0].item())
+        self.outcome.norms.append(info.norm.item())
+        self.outcome.skipped.append(info.skipped.item())
+
+    def finish(self) -> Outcome:
+        self.outcome.weights = copies(self.engine.weight_boxes(write=False))
+        self.outcome.optimizer = copies(self.engine.optimizer_boxes(write=False))
+        self.outcome.peak_in_flight = self.step_runner.executor.peak_in_flight
+        check_published(self.runtime, self.engine)
+        return self.outcome
 
 
 def train(rank: int, world_size: int, case: Case, steps: int = 8) -> Outcome:
     """Train `steps` steps on this rank."""
-    runtime = build_runtime(case.config, rank, world_size, torch.device("cpu"), timedelta(seconds=60))
-    engine = NativeZero(runtime.chunks, runtime.groups, optimizer_settings(case.config))
-    data = runtime.groups.data
-    per_step = case.train.global_batch_size // (case.train.micro_batch_size * data.size)
-    step_runner = TrainStep(runtime, engine, per_step)
-    outcome = Outcome(predicted_peak=step_runner.report.peak_activations[runtime.groups.place.pp])
+    session = Session(rank, world_size, case)
+    _keep_gradients(session.engine, session.outcome)
     for step in range(steps):
-        if step == 0:
-            _keep_gradients(engine, outcome)
-        if step == 2:
-            runtime.groups.ledger.clear()
-        batch = step_runner.prepare(micro_batches(case, step, data.rank, data.size))
-        info = step_runner.run(batch, case.optimizer.learning_rate)
-        if step == 2:
-            outcome.sent_bytes = {key: value for key, value in runtime.groups.ledger.sent_bytes.items() if value}
-        outcome.losses.append(info.sums[0].item())
-        outcome.norms.append(info.norm.item())
-        outcome.skipped.append(info.skipped.item())
-    engine.finish()
-    outcome.weights = _copies(engine.weight_boxes(write=False))
-    outcome.peak_in_flight = step_runner.executor.peak_in_flight
-    check_published(runtime, engine)
-    return outcome
+        session.step(step)
+    return session.finish()
 
 
 def _keep_gradients(engine: NativeZero, outcome: Outcome) -> None:
@@ -129,7 +149,7 @@ def _keep_gradients(engine: NativeZero, outcome: Outcome) -> None:
     def reduce_and_keep() -> None:
         reduce_gradients()
         if not outcome.gradients:
-            outcome.gradients = _copies(engine.gradient_boxes())
+            outcome.gradients = copies(engine.gradient_boxes())
 
     engine.reduce_gradients = reduce_and_keep
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_llama.data import preprocess as module
+from megatron_llama.data import text as text_module
 from megatron_llama.data.indexed import IndexedDataset
 from megatron_llama.data.preprocess import Settings, preprocess
 from megatron_llama.data.text import LineError, iterate_documents, list_pieces, read_piece
@@ -93,12 +94,14 @@ def test_any_number_of_workers_gives_the_same_bytes(tokenizer, tmp_path):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text(alphabet="ab \u2581\u00e9\n", max_size=150), st.integers(4, 40))
-def test_text_file_in_pieces_is_one_document(tokenizer, tmp_path_factory, text, piece_bytes):
+@given(st.text(alphabet="ab \u2581\u00e9\n", max_size=150), st.integers(4, 40), st.sampled_from([4, 5, 1 << 16]))
+def test_text_file_in_pieces_is_one_document(tokenizer, tmp_path_factory, text, piece_bytes, search_bytes):
     directory = tmp_path_factory.mktemp("text")
     path = directory / "t.py"
     path.write_bytes((text + "end").encode())
-    run(tokenizer, [path], directory / "d", append_bos=True, append_eos=True, piece_bytes=piece_bytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "SEARCH_BYTES", search_bytes)
+        run(tokenizer, [path], directory / "d", append_bos=True, append_eos=True, piece_bytes=piece_bytes)
     assert documents_of(directory / "d") == [[1, *tokenizer._model.encode(text + "end"), 2]]
 
 
@@ -228,8 +231,12 @@ def test_output_that_cannot_be_written(tokenizer, tmp_path):
 def test_a_killed_worker_is_an_error_not_a_hang(tokenizer, tmp_path, monkeypatch):
     class Pool:
         def __init__(self, *arguments, **options): ...
-        def submit(self, *arguments): return self
-        def result(self): raise BrokenProcessPool("killed")
+        def submit(self, *arguments):
+            return self
+
+        def result(self):
+            raise BrokenProcessPool("killed")
+
         def shutdown(self, **options): ...
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)

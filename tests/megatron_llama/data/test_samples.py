@@ -53,6 +53,16 @@ def test_permutation_has_no_visible_structure():
     assert np.count_nonzero(image == other) < 20  # 1 expected
 
 
+@pytest.mark.parametrize("bits", [16, 17])
+def test_no_bit_of_the_result_follows_a_bit_of_the_index(bits):
+    """Halves of equal and of unequal width."""
+    index = np.arange(2**bits)
+    image = permute(index, 2**bits, 7)
+    before, after = ((values[:, None] >> np.arange(bits)) & 1 for values in (index, image))
+    agreement = np.array([[(before[:, i] == after[:, j]).mean() for j in range(bits)] for i in range(bits)])
+    assert np.abs(agreement - 0.5).max() < 5 * 0.5 / np.sqrt(2**bits)  # five standard deviations
+
+
 def test_keys_depend_on_every_part_and_its_place():
     keys = {derive_key(*parts) for parts in [(1, 2, 3), (1, 3, 2), (1, 2, 4), (12, 3), (1, 23), (1, "2", 33)]}
     assert len(keys) == 6

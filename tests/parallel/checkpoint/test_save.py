@@ -101,11 +101,11 @@ def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-FIRST_WEIGHTS = "step_00000001/weights-00001.safetensors"  # of the step saved before, in the same layout
+LARGEST = "step_00000001/optimizer-00001.safetensors"  # of the step saved before, in the same layout
 FAILURES = {  # the rank, what it patches before it saves
     "no space in mid-file, rank 1": (1, lambda: limit_files(20_000)),
     "no space in mid-file, rank 0": (0, lambda: limit_files(20_000)),
-    "no space for the last bytes, rank 1": (1, lambda: limit_files(os.path.getsize(FIRST_WEIGHTS) - 10)),
+    "no space for the last bytes, rank 1": (1, lambda: limit_files(os.path.getsize(LARGEST) - 10)),
     "fsync of a data file, rank 1": (1, lambda: setattr(os, "fsync", fail_fsync_of("weights"))),
     "fsync of the manifest": (0, lambda: setattr(os, "fsync", fail_fsync_of("manifest.json"))),
     "fsync of COMMIT": (0, lambda: setattr(os, "fsync", fail_fsync_of("COMMIT"))),

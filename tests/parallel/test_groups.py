@@ -1,0 +1,68 @@
+"""Axes of real ranks: who is in which group, and that the groups work."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.collectives import all_reduce
+from parallel.groups import Axis, build_groups
+from parallel.topology import Topology
+from tests.parallel.building import grid
+from tests.ranks import run_ranks
+
+AXIS_NAMES = ("world", "pp_forward", "pp_backward", "dp", "cp", "tp", "data")
+
+
+def describe_axes(rank, world_size, sizes, replica_groups):
+    groups = grid(rank, replica_groups, **sizes)
+    axes = {name: getattr(groups, name) for name in AXIS_NAMES} | dict(groups.replicas)
+    sums = {name: all_reduce(torch.tensor([2.0**rank]), axis).item() for name, axis in axes.items()}
+    return {name: (axis.rank, axis.size, axis.ranks, axis.group is None, sums[name]) for name, axis in axes.items()}
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2, "dp": 2}, {"pp": 2, "cp": 2}, {"tp": 4}, {"dp": 2, "cp": 2}], ids=str)
+def test_each_axis_joins_the_ranks_that_the_topology_says(sizes):
+    topology = Topology(**sizes)
+    names = {name: name for name in ("dp", "cp", "tp")} | {"pp_forward": "pp", "pp_backward": "pp"}
+    expected = {name: topology.groups(axis) for name, axis in names.items()}
+    expected |= {"world": [tuple(range(4))], "data": topology.groups("dp", "cp")}
+    for rank, axes in enumerate(run_ranks(4, describe_axes, sizes, {})):
+        for name, groups in expected.items():
+            (mine,) = (group for group in groups if rank in group)
+            total = sum(2.0**member for member in mine)  # the sum names its members
+            assert axes[name] == (mine.index(rank), len(mine), mine, len(mine) == 1, total), name
+
+
+def test_a_replica_axis_joins_its_groups_and_is_single_for_the_others():
+    ranks = run_ranks(4, describe_axes, {"tp": 4}, {"kv": Topology(tp=4).subgroups("tp", 2), "ends": [(0, 3)]})
+    assert [axes["kv"][:3] for axes in ranks] == [(0, 2, (0, 1)), (1, 2, (0, 1)), (0, 2, (2, 3)), (1, 2, (2, 3))]
+    assert [axes["ends"][:3] for axes in ranks] == [(0, 2, (0, 3)), (0, 1, (1,)), (0, 1, (2,)), (1, 2, (0, 3))]
+    assert [axes["ends"][4] for axes in ranks] == [9.0, 2.0, 4.0, 9.0]
+
+
+def look_up_axes(rank, world_size):
+    groups = grid(rank, {"kv": [(0, 1)]}, tp=2)
+    one_ledger = all(getattr(groups, name).ledger is groups.ledger for name in AXIS_NAMES)
+    pipelines_differ = grid(rank, pp=2)
+    return (
+        groups.axis("tp") is groups.tp,
+        groups.axis("kv") is groups.replicas["kv"],
+        one_ledger,
+        pipelines_differ.pp_forward.group is not pipelines_differ.pp_backward.group,
+    )
+
+
+def test_axis_by_name_one_ledger_and_a_communicator_per_direction():
+    assert run_ranks(2, look_up_axes) == [(True, True, True, True)] * 2
+
+
+def test_one_process_needs_no_torch_distributed():
+    groups = build_groups(Topology(), 0, {"kv": [(0,)]})
+    assert not dist.is_initialized()
+    assert all(getattr(groups, name).size == 1 and getattr(groups, name).group is None for name in AXIS_NAMES)
+    assert groups.axis("kv").size == 1
+
+
+def test_a_single_axis():
+    axis = Axis.single("tp", rank=5)
+    assert (axis.rank, axis.size, axis.ranks, axis.group) == (0, 1, (5,), None)

@@ -1,0 +1,112 @@
+"""Counted, not timed: bytes on the wire per kind and axis equal the layout's formula; activations in flight the checker's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_llama.config import ParallelConfig
+from tests.parity.test_parity import layout
+from tests.parity.training import MODEL, TRAIN, Case, train
+from tests.ranks import run_ranks
+
+FP32_BYTES, FP64_BYTES, INT64_BYTES = 4, 8, 8
+
+LAYOUTS = {
+    "tp2": layout(tp=2),
+    "tp2-sp": layout(tp=2, sequence_parallel=True),
+    "tp4-sp-full-recompute": layout(tp=4, sequence_parallel=True, recompute="full"),
+    "pp4": layout(pp=4),
+    "pp2-gpipe": layout(pp=2, schedule="gpipe"),
+    "dp4-zero0": layout(dp=4, zero_stage=0),
+    "dp4-zero1": layout(dp=4),
+    "tp2-pp2-dp2": layout(tp=2, pp=2, dp=2, sequence_parallel=True),
+}
+
+
+def expected_bytes(case: Case, rank: int, bucket_elements: int, norm_elements: int) -> dict[tuple[str, str], int]:
+    """What one rank sends in one step, by the ring formulas. b = 1, no activation recomputation but full."""
+    parallel, model = case.parallel, case.model
+    tp, pp, dp = parallel.tp, parallel.pp, parallel.dp
+    stage, tp_sp = rank // (dp * tp), parallel.sequence_parallel and tp > 1
+    tokens = case.train.sequence_length * case.train.micro_batch_size
+    activation = tokens * model.hidden_size * FP32_BYTES  # [s, b, h]
+    micro_batches = case.train.global_batch_size // (case.train.micro_batch_size * dp)
+    layers = model.num_layers // pp
+    forwards = 2 if parallel.recompute == "full" else 1
+    first, last = stage == 0, stage == pp - 1
+
+    def ring(size: int, ranks: int) -> int:  # all-gather, reduce-scatter of a whole of `size` bytes
+        return size * (ranks - 1) // ranks
+
+    sent: dict[tuple[str, str], int] = {}
+
+    def add(kind: str, axis: str, size: int) -> None:
+        if size:
+            sent[kind, axis] = sent.get((kind, axis), 0) + size
+
+    # tensor axis: 2 column and 2 row linears a layer; the head is a column linear; the embedding ends in a reduction
+    if tp_sp:
+        # column: gather x forward, gather x and scatter dx backward; row: scatter y forward, gather dy backward
+        # recomputation ends before a block's last scatter: nothing behind it was kept
+        gathers = layers * (2 * forwards + 2 + 2) + (2 if last else 0) + (1 if first else 0)
+        scatters = layers * (1 + forwards + 2) + (1 if last else 0) + (1 if first else 0)
+        add("all_gather", "tp", micro_batches * gathers * ring(activation, tp))
+        add("reduce_scatter", "tp", micro_batches * scatters * ring(activation, tp))
+        add("all_reduce", "tp", 2 * ring(norm_elements * FP32_BYTES, tp))  # norm weights, once a step
+    elif tp > 1:
+        reductions = layers * (1 + forwards + 2) + (1 if last else 0) + (1 if first else 0)
+        add("all_reduce", "tp", micro_batches * reductions * 2 * ring(activation, tp))
+    if tp > 1 and last:  # cross entropy: maxima [s, b], then two sums [2, s, b]
+        add("all_reduce", "tp", micro_batches * 3 * 2 * ring(tokens * FP32_BYTES, tp))
+    # pipeline axis: an activation to the next stage, a gradient to the previous one
+    messages = (not last) + (not first)
+    add("send", "pp", micro_batches * messages * activation // (tp if tp_sp else 1))
+    # data axis: the number of targets, and the gradients and weights of this rank's buckets
+    if dp > 1:
+        add("all_reduce", "data", 2 * ring(INT64_BYTES, dp))
+        if parallel.zero_stage == 0:
+            add("all_reduce", "data", 2 * ring(bucket_elements * FP32_BYTES, dp))
+        else:
+            add("reduce_scatter", "data", ring(bucket_elements * FP32_BYTES, dp))
+            add("all_gather", "data", ring(bucket_elements * FP32_BYTES, dp))
+    # world: squared norm, loss, wish to stop
+    add("all_reduce", "world", 2 * ring(3 * FP64_BYTES, tp * pp * dp))
+    return sent
+
+
+def train_and_measure(rank: int, world_size: int, case: Case):
+    """The outcome, and the sizes of this rank's buckets and norm weights in elements."""
+    from tests.parity.training import Session
+
+    session = Session(rank, world_size, case)
+    for step in range(2):
+        session.step(step)
+    norms = sum(p.numel() for chunk in session.runtime.chunks for p in chunk.parameters() if not p.shard.decay)
+    return session.finish(), sum(bucket.size for bucket in session.engine.buckets), norms
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
+def test_bytes_sent_in_a_step(parallel: ParallelConfig) -> None:
+    case = Case("bytes", parallel, replace(MODEL, vocab_size=96), TRAIN)
+    for rank, (outcome, elements, norms) in enumerate(run_ranks(case.world_size, train_and_measure, case)):
+        assert outcome.sent_bytes == expected_bytes(case, rank, elements, norms), f"rank {rank}"
+
+
+def test_bf16_halves_the_weights_on_the_wire_and_keeps_gradients_in_fp32() -> None:
+    case = Case("bf16", layout(dp=2), train=replace(TRAIN, dtype="bf16"))
+    for outcome, elements, _ in run_ranks(2, train_and_measure, case):
+        assert outcome.sent_bytes["reduce_scatter", "data"] == elements * 4 // 2
+        assert outcome.sent_bytes["all_gather", "data"] == elements * 2 // 2
+
+
+@pytest.mark.parametrize(
+    ("parallel", "peaks"),
+    [(layout(pp=4), [4, 3, 2, 1]), (layout(pp=2), [2, 1]), (layout(pp=2, schedule="gpipe"), [8, 8]), (layout(), [1])],
+    ids=["pp4", "pp2", "gpipe", "alone"],
+)
+def test_activations_in_flight_are_the_checkers(parallel: ParallelConfig, peaks: list[int]) -> None:
+    case = Case("peak", parallel)
+    outcomes = run_ranks(case.world_size, train, case, 1)
+    assert [outcome.peak_in_flight for outcome in outcomes] == [outcome.predicted_peak for outcome in outcomes] == peaks
