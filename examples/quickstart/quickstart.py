@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from math import log
@@ -39,7 +40,7 @@ AGREEMENT = 1e-5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quickstart", help="folder for everything it makes")
-    parser.add_argument("--steps", type=int, default=180, help="training steps (default 180); the layout changes at two thirds")
+    parser.add_argument("--steps", type=int, default=240, help="training steps (default 240); the layout changes at two thirds")
     arguments = parser.parse_args()
     started = time.perf_counter()
     output, steps = arguments.output, arguments.steps
@@ -160,18 +161,21 @@ def compare_layouts(first: Path, second: Path, switch: int) -> None:
     print(f"They agree within {AGREEMENT}.")
 
 
-def unigram_loss(train_prefix: Path, valid_prefix: Path, vocabulary: int) -> float:
-    """Held-out nats per token of a model that knows only how frequent each token is (counts plus one)."""
-    train_data, valid_data = IndexedDataset(train_prefix), IndexedDataset(valid_prefix)
+def unigram_loss(output: Path) -> float:
+    """Nats per token, on the targets that the held-out loss is of, of a model that knows only the training tokens' counts."""
+    config = tomllib.loads(CONFIG.read_text())
+    length, vocabulary = config["train"]["sequence_length"], config["model"]["vocab_size"]
+    train_data, valid_data = IndexedDataset(output / "train"), IndexedDataset(output / "valid")
     counts = np.bincount(train_data.read(0, train_data.num_tokens), minlength=vocabulary) + 1
-    held_out = np.bincount(valid_data.read(0, valid_data.num_tokens), minlength=vocabulary)
+    windows = (valid_data.num_tokens - 1) // length
+    held_out = np.bincount(valid_data.read(1, windows * length), minlength=vocabulary)
     return float(-(held_out * np.log(counts / counts.sum())).sum() / held_out.sum())
 
 
 def report_losses(output: Path, run_directory: Path) -> None:
     """Print the held-out loss beside a unigram model's, and stop where nothing was learned."""
     held_out = list(read_metrics(run_directory, "valid_loss").values())[-1]
-    unigram = unigram_loss(output / "train", output / "valid", 2048)
+    unigram = unigram_loss(output)
     print(f"held-out loss: {held_out:.4f} nats/token")
     print(f"a unigram model of the same tokens: {unigram:.4f}; a uniform one: {log(2048):.4f}")
     if held_out > unigram - 0.5:
@@ -186,7 +190,7 @@ def draw(output: Path, first: Path, second: Path, switch: int) -> Path:
     import matplotlib.pyplot as plt
 
     before, after = read_metrics(first, "loss"), read_metrics(second, "loss")
-    unigram = unigram_loss(output / "train", output / "valid", 2048)
+    unigram = unigram_loss(output)
     held_out = read_metrics(second, "valid_loss")
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     later = {step: loss for step, loss in after.items() if step > switch}

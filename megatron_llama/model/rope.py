@@ -30,7 +30,7 @@ def inverse_frequencies(model: ModelConfig) -> Tensor:
     return frequencies * (kept + (1.0 - kept) / model.rope_scaling_factor)
 
 
-def rope_tables(model: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles: [s] -> fp32 [s, d/2] twice."""
-    angles = positions.float()[:, None] * inverse_frequencies(model).to(positions.device)
+def rope_tables(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles: [d/2], [s] -> fp32 [s, d/2] twice."""
+    angles = positions.float()[:, None] * frequencies
     return angles.cos(), angles.sin()

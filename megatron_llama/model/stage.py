@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_llama.data.loader import MicroBatch
 from megatron_llama.model.block import Block, RMSNorm
 from megatron_llama.model.build import ModelContext
-from megatron_llama.model.rope import rope_tables
+from megatron_llama.model.rope import inverse_frequencies, rope_tables
 from parallel.pipeline.layout import Placement
 from parallel.recompute import recompute
 from parallel.shards import Replica
@@ -38,6 +38,7 @@ class Stage(nn.Module):
         if is_first:
             weight = self._vocabulary_parameter(EMBEDDING, copy=0)
             self.embedding = VocabularyParallelEmbedding(weight, tp, context.sequence_parallel)
+        self.frequencies = inverse_frequencies(model).to(context.device)
         self.blocks = nn.ModuleDict({str(layer): Block(context, layer) for layer in layers})
         if is_last:
             self.norm = RMSNorm(context, "norm")
@@ -61,7 +62,7 @@ class Stage(nn.Module):
         if self.is_first:
             x = self.embedding(micro_batch.tokens)
         assert x is not None
-        cos, sin = rope_tables(self.context.model, micro_batch.positions)
+        cos, sin = rope_tables(self.frequencies, micro_batch.positions)
         for block in self.blocks.values():
             keep_input_only = self.context.recompute == "full" and self.training
             x = recompute(block, x, cos, sin) if keep_input_only else block(x, cos, sin)

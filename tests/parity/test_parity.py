@@ -12,11 +12,16 @@ from tests.parity.training import MODEL, OPTIMIZER, TRAIN, Case, train
 from tests.ranks import run_ranks
 
 SGD = OptimizerConfig(name="sgd", learning_rate=0.1, clip_norm=0.5)
-GQA = replace(MODEL, num_kv_heads=2)
-ONE_KV_HEAD = replace(MODEL, num_kv_heads=1)
+GQA = replace(MODEL, num_kv_heads=2, num_layers=2)
+ONE_KV_HEAD = replace(MODEL, num_kv_heads=1, num_layers=2)
 ODD_VOCABULARY = replace(MODEL, vocab_size=101)
-FEW_ROWS = replace(MODEL, vocab_size=10)  # over 4 ranks of 8 rows: some hold nothing but padding
+FEW_ROWS = replace(MODEL, vocab_size=10, num_layers=2)  # over 4 ranks of 8 rows: some hold nothing but padding
 TIED = replace(MODEL, tie_embeddings=True)
+
+
+# Four tensor ranks on two cores wait for one another most of the time: half the layers and micro-batches for them.
+SHALLOW = replace(MODEL, num_layers=2)
+SMALL_BATCH = replace(TRAIN, global_batch_size=4)
 
 
 def layout(**settings) -> ParallelConfig:
@@ -25,9 +30,9 @@ def layout(**settings) -> ParallelConfig:
 
 CASES = [
     Case("tp2", layout(tp=2)),
-    Case("tp4", layout(tp=4)),
+    Case("tp4", layout(tp=4), SHALLOW, SMALL_BATCH),
     Case("tp2-sp", layout(tp=2, sequence_parallel=True)),
-    Case("tp4-sp", layout(tp=4, sequence_parallel=True)),
+    Case("tp4-sp", layout(tp=4, sequence_parallel=True), SHALLOW, SMALL_BATCH),
     Case("pp2-gpipe", layout(pp=2, schedule="gpipe")),
     Case("pp2-1f1b", layout(pp=2)),
     Case("pp4-1f1b", layout(pp=4)),
@@ -42,10 +47,10 @@ CASES = [
     Case("tp2-pp2-dp2", layout(tp=2, pp=2, dp=2, sequence_parallel=True)),
     Case("tp2-pp2-dp2-no-sp-zero0", layout(tp=2, pp=2, dp=2, zero_stage=0)),
     Case("odd-vocabulary-tp2", layout(tp=2, sequence_parallel=True), ODD_VOCABULARY),
-    Case("vocabulary-of-padding-tp4", layout(tp=4), FEW_ROWS),
+    Case("vocabulary-of-padding-tp4", layout(tp=4), FEW_ROWS, SMALL_BATCH),
     Case("gqa-tp2", layout(tp=2), GQA),
-    Case("kv-below-tp4", layout(tp=4, sequence_parallel=True), GQA),
-    Case("one-kv-head-tp4-dp2", layout(tp=4, dp=2), ONE_KV_HEAD),
+    Case("kv-below-tp4", layout(tp=4, sequence_parallel=True), GQA, SMALL_BATCH),
+    Case("one-kv-head-tp4-dp2", layout(tp=4, dp=2), ONE_KV_HEAD, SMALL_BATCH),
     Case("tied", layout(dp=2), TIED),
     Case("tied-tp2", layout(tp=2, sequence_parallel=True), TIED),
     Case("tied-pp2", layout(pp=2), TIED),

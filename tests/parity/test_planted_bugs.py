@@ -18,12 +18,12 @@ from parallel.pipeline.executor import Executor
 from parallel.zero.buckets import Bucket
 from parallel.zero.native import NativeZero
 from tests.parity.comparison import differences, inexact, reference
-from tests.parity.test_parity import GQA, SGD, TIED, layout
+from tests.parity.test_parity import GQA, SGD, SMALL_BATCH, TIED, layout
 from tests.parity.training import Case, train
 from tests.ranks import run_ranks
 
 SP = Case("sp", layout(tp=2, sequence_parallel=True), optimizer=SGD)
-KV = Case("kv", layout(tp=4, sequence_parallel=True), GQA, optimizer=SGD)
+KV = Case("kv", layout(tp=4, sequence_parallel=True), GQA, SMALL_BATCH, SGD)
 TIED_PIPELINE = Case("tied", layout(pp=2), TIED, optimizer=SGD)
 DATA = Case("dp", layout(dp=2), optimizer=SGD)
 PIPELINE = Case("pp", layout(pp=2), optimizer=SGD)
