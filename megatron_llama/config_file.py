@@ -116,7 +116,8 @@ def _read_flags(argv: list[str]) -> tuple[str, Layer]:
         if argument == "--print-config":
             continue
         if not argument.startswith("--"):
-            raise ConfigError(f"unexpected argument {argument!r}: settings are given as --section.field value")
+            hint = f"; did you mean --config {argument}?" if argument.endswith(".toml") else ""
+            raise ConfigError(f"unexpected argument {argument!r}: settings are given as --section.field value{hint}")
         flag, equals, text = argument[2:].partition("=")
         if not equals:
             text = next(remaining, "--")

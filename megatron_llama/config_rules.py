@@ -33,14 +33,14 @@ def validate_model(config: RunConfig) -> None:
 
 def validate_layout(config: RunConfig, world_size: int) -> None:
     """Checks that the model can be split over `world_size` processes as asked. Raises ConfigError."""
-    for rule in (_landed, _tensor_parallel, _stages, _layers_per_stage):
+    for rule in (_landed, _tensor_parallel, _stages, _layers_per_stage, _sequence_split):
         rule(config)
     _world_size(config, world_size)
 
 
 def validate_training(config: RunConfig, world_size: int) -> None:
     """Checks data, batch, length and optimizer of a training run. Raises ConfigError."""
-    for rule in (_training_data, _length, _sequence_split, _optimizer, _evaluation):
+    for rule in (_training_data, _length, _optimizer, _evaluation):
         rule(config)
     _batch(config, world_size)
 

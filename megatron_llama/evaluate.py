@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from megatron_llama.data.blend import Blend, build_blend
 from megatron_llama.data.loader import evaluation_micro_batches
 from megatron_llama.inference import open_checkpoint
-from megatron_llama.program import agree, run_program
+from megatron_llama.program import Parser, agree, asks_for_help, run_program
 from megatron_llama.runtime import Runtime
 from parallel.collectives import all_reduce
+from parallel.errors import ConfigError
 from parallel.launch import Launch
 from parallel.pipeline.schedules import forward_only
 
@@ -53,14 +54,15 @@ class Evaluator:
 
 def main(launch: Launch, argv: list[str]) -> int:
     """Evaluate a checkpoint; rank 0 prints loss, perplexity and tokens."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_llama.evaluate",
-        description="Held-out loss of a checkpoint. Further --section.field flags override the checkpoint's configuration.",
-    )
+    if launch.rank and asks_for_help(argv):
+        return 0
+    parser = Parser("evaluate", "Held-out loss of a checkpoint.")
     parser.add_argument("--checkpoint", required=True, help="a step directory, a checkpoints folder or a run directory")
     parser.add_argument("--data", required=True, nargs="+", metavar="PREFIX", help="indexed datasets (PREFIX.bin, PREFIX.idx)")
     parser.add_argument("--tokens", type=int, default=0, help="evaluate this many tokens (default: all)")
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = parser.split(argv)
+    if arguments.tokens < 0:
+        raise ConfigError(f"--tokens {arguments.tokens} must be at least 1, or 0 for all")
     runtime, directory = open_checkpoint(arguments.checkpoint, overrides, launch)
     config = runtime.config
 
@@ -70,7 +72,8 @@ def main(launch: Launch, argv: list[str]) -> int:
 
     blend = agree(open_data, runtime.groups.world, runtime.device)
     tokens = arguments.tokens or blend.num_windows * blend.sequence_length
-    evaluator = Evaluator(runtime, blend, tokens, config.train.micro_batch_size)
+    make = partial(Evaluator, runtime, blend, tokens, config.train.micro_batch_size)
+    evaluator = agree(make, runtime.groups.world, runtime.device)
     loss = evaluator.loss()
     if launch.rank == 0:
         print(f"{directory}: loss {loss!r} nats/token, perplexity {math.exp(loss):.4f}, {evaluator.tokens:,} tokens")

@@ -7,9 +7,9 @@ Every new token runs the whole context through the pipeline again (there is no k
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from megatron_llama.data.loader import MicroBatch
 from megatron_llama.inference import open_checkpoint
-from megatron_llama.program import agree, run_program
+from megatron_llama.program import Parser, agree, asks_for_help, run_program
 from megatron_llama.runtime import Runtime
 from megatron_llama.state import TOKENIZER_FILE
 from megatron_llama.tokenizer import Tokenizer
+from parallel.checkpoint.load import read_extra_file, read_manifest
 from parallel.collectives import all_gather, broadcast
 from parallel.errors import CheckpointError, ConfigError
 from parallel.launch import Launch
@@ -47,10 +48,13 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
 
 
 class Generator:
-    """Continues a list of tokens; all ranks call it together and get the same result."""
+    """Continues a list of tokens; all ranks call it together and get the same result.
 
-    def __init__(self, runtime: Runtime, sampling: Sampling) -> None:
-        self.runtime, self.sampling = runtime, sampling
+    Only ids below `vocab_size` are chosen: a model may have more rows than its tokenizer has pieces.
+    """
+
+    def __init__(self, runtime: Runtime, sampling: Sampling, vocab_size: int) -> None:
+        self.runtime, self.sampling, self.vocab_size = runtime, sampling, vocab_size
         self.random = torch.Generator().manual_seed(sampling.seed)
         for chunk in runtime.chunks:
             chunk.eval()
@@ -76,25 +80,33 @@ class Generator:
         chosen = torch.zeros(1, dtype=torch.int64, device=runtime.device)
         if runtime.has_loss:
             local = outputs[0][len(tokens) - 1, 0].float()  # [v/tp]
-            logits = all_gather(local, tp)[: runtime.config.model.vocab_size].cpu()
+            logits = all_gather(local, tp)[: self.vocab_size].cpu()
             chosen.fill_(choose(logits, self.sampling, self.random))
         broadcast(chosen, pp, runtime.placement.embedding_ranks[1])
         return int(chosen.item())
 
 
-def _open_tokenizer(directory: Path, given: str) -> Tokenizer:
-    path = Path(given) if given else directory / TOKENIZER_FILE
-    if not given and not path.exists():
-        raise CheckpointError(f"{directory} holds no {TOKENIZER_FILE}: give one with --tokenizer FILE.model")
-    return Tokenizer(path)
+def _open_tokenizer(directory: Path, given: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer that was given, or the checkpoint's own. Raises CheckpointError, ConfigError and DataError."""
+    if not given:
+        manifest = read_manifest(directory, groups=("weights",))
+        if TOKENIZER_FILE not in manifest.extra_files:
+            raise CheckpointError(f"{directory} holds no {TOKENIZER_FILE}: give one with --tokenizer FILE.model")
+        read_extra_file(directory, TOKENIZER_FILE, manifest)  # verifies it
+    tokenizer = Tokenizer(given or directory / TOKENIZER_FILE)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"--tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, and the model a vocabulary of {vocab_size}: "
+            "give the one with which it was trained"
+        )
+    return tokenizer
 
 
 def main(launch: Launch, argv: list[str]) -> int:
     """Continue a prompt; rank 0 prints it with its continuation."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_llama.generate",
-        description="Continue a prompt. Further --section.field flags override the checkpoint's configuration.",
-    )
+    if launch.rank and asks_for_help(argv):
+        return 0
+    parser = Parser("generate", "Continue a prompt.")
     parser.add_argument("--checkpoint", required=True, help="a step directory, a checkpoints folder or a run directory")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens to generate (default 64)")
@@ -103,14 +115,18 @@ def main(launch: Launch, argv: list[str]) -> int:
     parser.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
     parser.add_argument("--tokenizer", default="", help="a .model file (default: the one in the checkpoint)")
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, overrides = parser.split(argv)
+    if arguments.max_tokens < 1:
+        raise ConfigError(f"--max-tokens {arguments.max_tokens} must be at least 1")
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         raise ConfigError(f"--temperature {arguments.temperature} must be at least 0 and --top-p {arguments.top_p} in (0, 1]")
     runtime, directory = open_checkpoint(arguments.checkpoint, overrides, launch)
-    tokenizer = agree(lambda: _open_tokenizer(directory, arguments.tokenizer), runtime.groups.world, runtime.device)
+    vocab_size = runtime.config.model.vocab_size
+    open_tokenizer = partial(_open_tokenizer, directory, arguments.tokenizer, vocab_size)
+    tokenizer = agree(open_tokenizer, runtime.groups.world, runtime.device)
     sampling = Sampling(0.0 if arguments.greedy else arguments.temperature, arguments.top_p, arguments.seed)
     prompt = [tokenizer.bos_id, *tokenizer.encode(arguments.prompt)]
-    new = Generator(runtime, sampling).generate(prompt, arguments.max_tokens, stop=tokenizer.eos_id)
+    new = Generator(runtime, sampling, tokenizer.vocab_size).generate(prompt, arguments.max_tokens, stop=tokenizer.eos_id)
     if launch.rank == 0:
         print(arguments.prompt + tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :])
     return 0

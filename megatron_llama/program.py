@@ -2,41 +2,94 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from parallel import launch as launching
+from parallel.checkpoint.save import FailedElsewhere
 from parallel.collectives import all_reduce
-from parallel.errors import UserError
+from parallel.errors import CheckpointError, ConfigError, DataError, UserError
 from parallel.groups import Axis
 from parallel.launch import Launch
 
 USER_ERROR = 2  # exit code of a run that its user can mend
 STOPPED = 75  # exit code of a run that was asked to stop and has saved its state: start it again
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 LOGGER = "megatron_llama"
 
 Result = TypeVar("Result")
 
 
 def run_program(main: Callable[[Launch], int]) -> int:
-    """Call `main` and return its exit code. A UserError becomes one line from the lowest rank that raised it."""
+    """Call `main` and return its exit code. A UserError becomes one line, whichever rank raises it."""
     launch = Launch()
     try:
         launch = launching.detect()
         return main(launch)
-    except SpokenError:
+    except (SpokenError, FailedElsewhere):
         return USER_ERROR
     except UserError as error:
-        if launch.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if _speaks(launch, error):
+            _say(error, launch.rank)
         return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
     finally:
         launching.stop()
+
+
+def asks_for_help(argv: list[str]) -> bool:
+    """Whether the arguments ask for help, which rank 0 alone prints."""
+    return "--help" in argv or "-h" in argv
+
+
+def _speaks(launch: Launch, error: UserError) -> bool:
+    """Whether this rank prints an error that the ranks have not agreed on.
+
+    What is wrong with the settings or with a node, every rank of the node finds alike: its first one says it. Once the
+    ranks work together, a bad file may be seen by one rank alone.
+    """
+    return launch.local_rank == 0 or (dist.is_initialized() and isinstance(error, DataError | CheckpointError))
+
+
+def _say(error: UserError | None, rank: int) -> None:
+    where = f" (rank {rank})" if rank else ""
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of a program that opens a checkpoint: mistakes are ConfigErrors, `--section.field value` is handed on."""
+
+    def __init__(self, program: str, description: str) -> None:
+        description += " Further --section.field flags override the checkpoint's configuration."
+        super().__init__(prog=f"python -m megatron_llama.{program}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists the flags)")
+
+    def split(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The program's own arguments, and the flags of the configuration. Raises ConfigError."""
+        arguments, overrides = self.parse_known_args(argv)
+        remaining = iter(overrides)
+        for word in remaining:
+            flag, equals, _ = word.partition("=")
+            if not flag.startswith("--"):
+                self.error(f"unexpected argument {word!r}: put a value with spaces in quotes")
+            if "." not in flag:
+                known = [name for name in self._option_string_actions if name.startswith("--")]
+                closest = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)[0]
+                self.error(f"unknown flag {flag}; the closest known one is {closest}")
+            if not equals:
+                next(remaining, None)
+        return arguments, overrides
 
 
 class SpokenError(UserError):
@@ -48,25 +101,23 @@ def agree(work: Callable[[], Result], world: Axis, device: torch.device) -> Resu
 
     Without it, a file that only one node lacks would leave the others waiting.
     """
-    result, error = None, None
+    results, error = [], None
     try:
-        result = work()
+        results.append(work())
     except UserError as found:
         error = found
     failed = torch.zeros(world.size, dtype=torch.int64, device=device)
     failed[world.rank] = error is not None
     ranks = all_reduce(failed, world).nonzero().flatten().tolist()
     if not ranks:
-        assert result is not None
-        return result
+        return results[0]
     if world.rank == ranks[0]:
-        where = f" (rank {world.rank})" if world.rank else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        _say(error, world.rank)
     raise SpokenError(str(error))
 
 
 def open_log(run_directory: Path, rank: int) -> logging.Logger:
-    """The logger of this rank: its own file `logs/rank-NNNNN.log`, and standard output on rank 0."""
+    """The logger of this rank: its own file `logs/rank-NNNNN.log`, and standard output on rank 0. Raises OSError."""
     logger = logging.getLogger(LOGGER)
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -7,36 +7,50 @@ Read it first: every object of a run is built here, in order.
 
 from __future__ import annotations
 
-import shutil
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 import megatron_llama
-from megatron_llama.config import RunConfig, load_config, micro_batches_per_step, to_toml, total_steps, validate
+from megatron_llama.config import (
+    RunConfig,
+    checkpoint_directory,
+    load_config,
+    micro_batches_per_step,
+    to_toml,
+    total_steps,
+    validate,
+)
 from megatron_llama.data.blend import Blend, build_blend
 from megatron_llama.data.loader import Loader
 from megatron_llama.evaluate import Evaluator
 from megatron_llama.flops import parameter_count
 from megatron_llama.metrics import MetricsWriter
-from megatron_llama.program import STOPPED, agree, open_log, run_program
+from megatron_llama.program import STOPPED, agree, asks_for_help, open_log, run_program
 from megatron_llama.runtime import Runtime, build_runtime
 from megatron_llama.state import TOKENIZER_FILE, Position, find_checkpoint, load_state, save_state
 from megatron_llama.step import TrainStep, optimizer_settings
 from megatron_llama.tokenizer import Tokenizer
 from megatron_llama.trainer import Trainer
 from parallel import launch as launching
+from parallel.checkpoint.steps import committed_steps
 from parallel.errors import ConfigError
 from parallel.launch import Launch
 from parallel.zero.native import NativeZero
 
 TIMEOUT = timedelta(minutes=10)
 
+Result = TypeVar("Result")
+
 
 def main(launch: Launch, argv: list[str]) -> int:
     """Train as the arguments ask for. Returns the exit code: 0 done, 75 stopped with its state saved."""
+    if launch.rank and asks_for_help(argv):
+        return 0
     config = load_config(argv)
     if "--print-config" in argv:
         if launch.rank == 0:
@@ -48,19 +62,22 @@ def main(launch: Launch, argv: list[str]) -> int:
     runtime = build_runtime(config, launch.rank, launch.world_size, device, TIMEOUT)
     world, data = runtime.groups.world, runtime.groups.data
     train_data, valid_data, tokenizer = agree(lambda: _open_data(config), world, device)
-    run_directory = Path(config.log.directory)
-    log = open_log(run_directory, launch.rank)
+    log = agree(lambda: _in_run_directory(config, lambda directory: open_log(directory, launch.rank)), world, device)
 
     engine = NativeZero(runtime.chunks, runtime.groups, optimizer_settings(config))
     position = agree(lambda: _resume(config, runtime, engine), world, device)
     step = TrainStep(runtime, engine, micro_batches_per_step(config, launch.world_size))
     log.info(describe(launch, runtime, engine, step, train_data, position))
-    metrics = None
-    if launch.rank == 0:
-        (run_directory / "config.toml").write_text(to_toml(config))
+
+    def record(directory: Path) -> MetricsWriter | None:
+        if launch.rank:
+            return None
+        (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
         if tokenizer is not None:
-            shutil.copyfile(config.data.tokenizer, run_directory / TOKENIZER_FILE)
-        metrics = MetricsWriter(run_directory, position.step)
+            (directory / TOKENIZER_FILE).write_bytes(tokenizer)
+        return MetricsWriter(directory, position.step)
+
+    metrics = agree(lambda: _in_run_directory(config, record), world, device)
     train = config.train
     loader = Loader(train_data, train.sequence_length, train.micro_batch_size, train.global_batch_size, data.rank, data.size)
     evaluator = None
@@ -96,10 +113,28 @@ def _open_data(config: RunConfig) -> tuple[Blend, Blend | None, bytes | None]:
     return train, valid, Path(data.tokenizer).read_bytes()
 
 
+def _in_run_directory(config: RunConfig, work: Callable[[Path], Result]) -> Result:
+    """Do what writes to the run directory. Raises ConfigError where it cannot be written."""
+    try:
+        return work(Path(config.log.directory))
+    except OSError as error:
+        raise ConfigError(
+            f"log.directory = {config.log.directory} cannot be written: {error.filename}: {error.strerror}; "
+            "set --log.directory to a folder that can be made"
+        ) from error
+
+
 def _resume(config: RunConfig, runtime: Runtime, engine: NativeZero) -> Position:
     """Where to start from: the checkpoint that was asked for or found, else the beginning."""
     directory = find_checkpoint(config)
     position = Position() if directory is None else load_state(directory, runtime, engine)
+    root = checkpoint_directory(config)
+    later = [step for step in committed_steps(root) if step > position.step]
+    if later:
+        raise ConfigError(
+            f"this run starts at step {position.step}, and {root} already holds step {later[-1]}, which it would have to "
+            "overwrite: set --checkpoint.load auto to go on from there, or another --log.directory"
+        )
     if position.step >= total_steps(config):
         raise ConfigError(
             f"{directory} is at step {position.step}, and train.steps = {total_steps(config)} is not beyond it: "

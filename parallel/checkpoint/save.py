@@ -140,6 +140,10 @@ def save_checkpoint(
     return final
 
 
+class FailedElsewhere(CheckpointError):
+    """The save failed on another rank, which raises the reason."""
+
+
 class _PhaseFailed(Exception):
     def __init__(self, error: Exception):
         self.error = error
@@ -159,7 +163,7 @@ def _vote(world: Voter, what: str, action: Callable[[], Result]) -> Result | Non
         error = found
     if world.all_ok(error is None):
         return result
-    raise _PhaseFailed(error or CheckpointError(f"{what} failed on another rank (its message says why); nothing was published"))
+    raise _PhaseFailed(error or FailedElsewhere(f"{what} failed on another rank (its message says why); nothing was published"))
 
 
 def _prepare(root: Path, final: Path, temporary: Path) -> None:

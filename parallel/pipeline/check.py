@@ -2,12 +2,13 @@
 
 The model: a rank runs its actions in order; an action starts when its rank is free and what it depends on has arrived. Sends
 are buffered and receives are posted ahead, so a send never blocks its rank; what remains as a deadlock is a cycle of
-dependencies.
+dependencies. NCCL pairs messages by their order and not by tags, so in each direction two ranks must need messages in the
+order in which they are sent.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from parallel.pipeline.layout import Placement
@@ -62,6 +63,7 @@ def check_schedule(
     for rank, actions in enumerate(schedule):
         _check_complete(rank, actions, placement.chunks, micro_batches, backward)
     spans = _simulate(schedule, placement, costs or Costs())
+    _check_message_order(schedule, placement)
     makespan = max((rank_spans[-1][2] for rank_spans in spans if rank_spans), default=0.0)
     busy = sum(end - start for rank_spans in spans for _, start, end in rank_spans)
     bubble = 1.0 - busy / (makespan * placement.pp) if makespan else 0.0
@@ -78,6 +80,8 @@ def _check_complete(rank: int, actions: list[Action], chunks: int, micro_batches
             raise ScheduleError(f"{where}: there is no kind {action.kind!r}")
         if not (0 <= action.micro_batch < micro_batches and 0 <= action.chunk < chunks):
             raise ScheduleError(f"{where}: there are {micro_batches} micro-batches and {chunks} chunks")
+        if action.kind != "F" and not backward:
+            raise ScheduleError(f"{where}: only forward passes are wanted")
         if done[action]:
             raise ScheduleError(f"{where}: is there twice")
         if action.kind in BACKWARD and not done[Action("F", *pair)]:
@@ -132,6 +136,31 @@ def _simulate(schedule: Schedule, placement: Placement, costs: Costs) -> list[li
             listed = "; ".join(f"pp rank {rank} waits in {action}" for rank, action in stuck)
             raise ScheduleError(f"deadlock: {listed}")
     return spans
+
+
+def _check_message_order(schedule: Schedule, placement: Placement) -> None:
+    """On every (direction, source, target), the target needs messages in the order in which the source makes them."""
+    made: dict[tuple[str, int, int], list[tuple[int, int]]] = defaultdict(list)  # -> (micro-batch, stage it comes out of)
+    for rank, actions in enumerate(schedule):
+        for action in actions:
+            stage = placement.stage(rank, action.chunk)
+            kind, neighbour = ("F", stage + 1) if action.kind == "F" else ("B", stage - 1)
+            if action.kind != "W" and 0 <= neighbour < placement.num_stages:
+                made[kind, rank, placement.rank(neighbour)].append((action.micro_batch, stage))
+    arriving = {lane: iter(messages) for lane, messages in made.items()}
+    for rank, actions in enumerate(schedule):
+        for place, action in enumerate(actions):
+            needed = _dependency(action, rank, placement)
+            if needed is None or placement.rank(needed[2]) == rank:
+                continue
+            kind, micro_batch, stage = needed
+            source = placement.rank(stage)
+            first = next(arriving[kind, source, rank])
+            if first != (micro_batch, stage):
+                raise ScheduleError(
+                    f"pp rank {rank}, action {place} ({action}): needs {kind}{micro_batch} of stage {stage}, but the next "
+                    f"message from pp rank {source} is {kind}{first[0]} of stage {first[1]}"
+                )
 
 
 def _peak(actions: list[Action]) -> int:

@@ -10,15 +10,21 @@ from dataclasses import replace
 import pytest
 import torch
 
+import megatron_llama.model.block
+import megatron_llama.model.stage
+import megatron_llama.state
 import parallel.collectives
 import parallel.zero.buckets
 import parallel.zero.grad_norm
 import parallel.zero.native
+from parallel.kernels import table
 from parallel.pipeline.executor import Executor
 from parallel.zero.buckets import Bucket
 from parallel.zero.native import NativeZero
+from tests.parity import test_counts, test_hugging_face
 from tests.parity.comparison import differences, inexact, reference
 from tests.parity.test_parity import GQA, SGD, SMALL_BATCH, TIED, layout
+from tests.parity.test_resume import check_pair
 from tests.parity.training import Case, train
 from tests.ranks import run_ranks
 
@@ -133,3 +139,73 @@ def test_one_flipped_bit_is_caught_by_the_exact_criteria(monkeypatch) -> None:
     rms_norm = torch.rsqrt
     monkeypatch.setattr(torch, "rsqrt", lambda x: rms_norm(x) * (1.0 + 2.0**-23))
     assert inexact(run_ranks(2, train, case), [reference(case)]) != []
+
+
+def forget_the_count_of_steps(monkeypatch) -> None:
+    steps = NativeZero.optimizer_steps
+    monkeypatch.setattr(NativeZero, "optimizer_steps", property(steps.fget, lambda self, value: None))
+
+
+def forget_the_second_moments(monkeypatch) -> None:
+    load = megatron_llama.state.load_tensors
+
+    def partial(directory, targets, manifest=None):
+        kept = [target for target in targets if not target.name.startswith("exp_avg_sq/")]
+        return load(directory, kept, manifest)
+
+    monkeypatch.setattr(megatron_llama.state, "load_tensors", partial)
+
+
+def forget_to_publish(monkeypatch) -> None:
+    monkeypatch.setattr(NativeZero, "publish_weights", lambda self: None)
+
+
+@pytest.mark.parametrize("plant", [forget_the_count_of_steps, forget_the_second_moments, forget_to_publish])
+def test_planted_bug_in_resuming_is_caught(plant, monkeypatch, tmp_path) -> None:
+    case = Case("resume", layout(dp=2))
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_pair(case, case, tmp_path, exact=True)
+
+
+def turn_the_other_way(monkeypatch) -> None:
+    """RoPE by negative angles."""
+    tables = megatron_llama.model.stage.rope_tables
+    monkeypatch.setattr(megatron_llama.model.stage, "rope_tables", lambda f, positions: tables(-f, positions))
+
+
+def shift_kv_heads(monkeypatch) -> None:
+    """Query heads attend to the wrong group's keys and values."""
+    row = table.ROWS["attention"][0]
+
+    def shifted(q, k, v):
+        return row.function(q, k.roll(1, dims=2), v.roll(1, dims=2))
+
+    rows = {**table.ROWS, "attention": (replace(row, function=shifted),)}
+    monkeypatch.setattr(table, "ROWS", rows)
+
+
+def larger_eps(monkeypatch) -> None:
+    row = table.ROWS["rms_norm"][0]
+    rows = {**table.ROWS, "rms_norm": (replace(row, function=lambda x, w, eps: row.function(x, w, 10 * eps)),)}
+    monkeypatch.setattr(table, "ROWS", rows)
+
+
+@pytest.mark.parametrize("plant", [turn_the_other_way, shift_kv_heads, larger_eps])
+def test_planted_bug_in_the_model_is_caught_by_transformers(plant, monkeypatch) -> None:
+    """Parity of layouts cannot see it, since all layouts have it."""
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_hugging_face.test_step_0_gradients_and_loss(GQA, layout())
+
+
+def test_one_more_collective_is_caught_by_the_ledger(monkeypatch) -> None:
+    forward = megatron_llama.model.block.Block.forward
+
+    def chatty(self, x, cos, sin):
+        parallel.collectives.all_reduce(torch.zeros(1), self.attention.wqkv.tp)
+        return forward(self, x, cos, sin)
+
+    monkeypatch.setattr(megatron_llama.model.block.Block, "forward", chatty)
+    with pytest.raises(AssertionError):
+        test_counts.test_bytes_sent_in_a_step(layout(tp=2))

@@ -100,12 +100,12 @@ def copies(boxes) -> list[TensorBox]:
 class Session:
     """One rank's program: runtime, engine and step, and what it has seen so far."""
 
-    def __init__(self, rank: int, world_size: int, case: Case, directory: Path | None = None) -> None:
+    def __init__(self, rank: int, world_size: int, case: Case, directory: Path | None = None, device: str = "cpu") -> None:
         self.case = case
         config = case.config
         if directory is not None:
             config = replace(config, checkpoint=CheckpointConfig(directory=str(directory), keep=0))
-        self.runtime = build_runtime(config, rank, world_size, torch.device("cpu"), timedelta(seconds=60))
+        self.runtime = build_runtime(config, rank, world_size, torch.device(device), timedelta(seconds=60))
         self.engine = NativeZero(self.runtime.chunks, self.runtime.groups, optimizer_settings(config))
         per_step = case.train.global_batch_size // (case.train.micro_batch_size * self.runtime.groups.data.size)
         self.step_runner = TrainStep(self.runtime, self.engine, per_step)

@@ -61,9 +61,7 @@ def test_rms_norm_of_bf16_has_fp32_statistics():
 def test_rope_is_hugging_faces_rotation():
     x, (cos, sin) = randn(S, B, N, D), tables(S, D)
     wide_cos, wide_sin = torch.cat([cos, cos], -1)[:, None, None], torch.cat([sin, sin], -1)[:, None, None]
-    assert_gradients_close(
-        lambda x: torch_kernels.rope(x, cos, sin), lambda x: x * wide_cos + rotate_half(x) * wide_sin, (x,)
-    )
+    assert_gradients_close(lambda x: torch_kernels.rope(x, cos, sin), lambda x: x * wide_cos + rotate_half(x) * wide_sin, (x,))
 
 
 def test_rope_leaves_position_zero_and_lengths_alone():

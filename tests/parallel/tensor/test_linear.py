@@ -14,13 +14,20 @@ from parallel.tensor.linear import Column, ColumnParallelLinear, RowParallelLine
 from tests.parallel.building import coverage, grid, parameter, parts, randn, sum_of_parts
 from tests.ranks import run_ranks
 
-S, B, I, F, O = 12, 2, 6, 24, 5
+S, B, INPUTS, FFN, OUTPUTS = 12, 2, 6, 24, 5
 TOLERANCE = dict(rtol=1e-12, atol=1e-12)
 
-SHAPES = {"gate": (F, I), "up": (F, I), "down": (O, F), "q": (24, I), "k": (6, I), "v": (6, I)}
+SHAPES = {
+    "gate": (FFN, INPUTS),
+    "up": (FFN, INPUTS),
+    "down": (OUTPUTS, FFN),
+    "q": (24, INPUTS),
+    "k": (6, INPUTS),
+    "v": (6, INPUTS),
+}
 FULL = {name: randn(*shape, seed=i, dtype=torch.float64) for i, (name, shape) in enumerate(SHAPES.items(), start=1)}
-X = randn(S, B, I, seed=8, dtype=torch.float64)
-DY = randn(S, B, O, seed=9, dtype=torch.float64)
+X = randn(S, B, INPUTS, seed=8, dtype=torch.float64)
+DY = randn(S, B, OUTPUTS, seed=9, dtype=torch.float64)
 
 
 class CountingSink:
@@ -40,10 +47,10 @@ def local_sequence(full, axis, sequence_parallel):
 
 def build_pair(tp, sequence_parallel, dtype=torch.float64):
     full = {name: tensor.to(dtype) for name, tensor in FULL.items()}
-    fused = column_shard(I, [Column("gate", F), Column("up", F)], tp)
+    fused = column_shard(INPUTS, [Column("gate", FFN), Column("up", FFN)], tp)
     kernels = resolve_kernels()
     column = ColumnParallelLinear(parameter(fused, full), tp, sequence_parallel, kernels)
-    row = RowParallelLinear(parameter(row_shard("down", F, O, tp), full), tp, sequence_parallel, kernels)
+    row = RowParallelLinear(parameter(row_shard("down", FFN, OUTPUTS, tp), full), tp, sequence_parallel, kernels)
     return column, row
 
 
@@ -59,7 +66,7 @@ def run_pair(rank, world_size, sequence_parallel):
 
 
 def plain_pair():
-    gate, up, down = nn.Linear(I, F, bias=False), nn.Linear(I, F, bias=False), nn.Linear(F, O, bias=False)
+    gate, up, down = nn.Linear(INPUTS, FFN, bias=False), nn.Linear(INPUTS, FFN, bias=False), nn.Linear(FFN, OUTPUTS, bias=False)
     for linear, name in ((gate, "gate"), (up, "up"), (down, "down")):
         linear.weight.data = FULL[name].clone()
     x = X.clone().requires_grad_()
@@ -89,7 +96,7 @@ def run_grouped_heads(rank, world_size, replicas, sequence_parallel):
     runs = [tuple(range(i, i + replicas)) for i in range(0, world_size, replicas)]
     groups = grid(rank, {"kv": runs}, tp=world_size)
     columns = [Column("q", 24), Column("k", 6, replicas, "kv"), Column("v", 6, replicas, "kv")]
-    shard = column_shard(I, columns, groups.tp)
+    shard = column_shard(INPUTS, columns, groups.tp)
     weight = parameter(shard, FULL)
     x = local_sequence(X, groups.tp, sequence_parallel).clone().requires_grad_()
     y = ColumnParallelLinear(weight, groups.tp, sequence_parallel, resolve_kernels())(x)
@@ -158,7 +165,7 @@ def test_gradients_in_the_sink_equal_gradients_in_grad_and_the_sink_is_told_once
 def test_a_weight_used_twice_in_one_pass_tells_its_sink_twice():
     tp = Axis.single("tp")
     linear = ColumnParallelLinear(
-        parameter(column_shard(I, [Column("w", I)], tp), {"w": randn(I, I)}), tp, False, resolve_kernels()
+        parameter(column_shard(INPUTS, [Column("w", INPUTS)], tp), {"w": randn(INPUTS, INPUTS)}), tp, False, resolve_kernels()
     )
     linear.weight.sink = CountingSink(linear.weight.shape)
     linear(linear(X.float())).sum().backward()
@@ -185,6 +192,6 @@ def test_gradients_that_are_not_contiguous_are_reduced_too():
 def test_rows_and_columns_that_do_not_split_are_named():
     tp = Axis("tp", 0, 4, (0, 1, 2, 3), None, Axis.single("tp").ledger)
     with pytest.raises(AssertionError, match="q: 6 rows over 4 ranks"):
-        column_shard(I, [Column("q", 6)], tp)
+        column_shard(INPUTS, [Column("q", 6)], tp)
     with pytest.raises(AssertionError, match="down: 6 inputs over 4 ranks"):
-        row_shard("down", 6, O, tp)
+        row_shard("down", 6, OUTPUTS, tp)
