@@ -68,7 +68,8 @@ def choose_device(launch: Launch, wanted: str = "auto") -> torch.device:
     if wanted == "cuda" and not enough:
         raise LaunchError(
             f"train.device is cuda, but this node has {count} CUDA devices for {launch.local_world_size} ranks: "
-            f"start {count or 'no'} ranks per node, or set --train.device cpu"
+            + (f"start {count} ranks per node, or " if count else "")
+            + "set --train.device cpu"
         )
     if wanted == "cpu" or not enough:
         return torch.device("cpu")

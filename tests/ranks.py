@@ -26,21 +26,27 @@ import torch.distributed as dist
 torch.set_num_threads(1)
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, deadline_seconds: float = 90.0) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, deadline_seconds: float = 90.0, joined: bool = True
+) -> list[Any]:
     """Call `function(rank, world_size, *args)` on each rank and return the results in rank order.
 
+    `joined`: the ranks are in a process group already (otherwise that is left to the function).
     Raises AssertionError with the first failing rank's traceback, or with all stacks past the deadline.
     """
     with tempfile.TemporaryDirectory() as folder:
         sys.stdout.flush()
         sys.stderr.flush()
-        pids = [_fork(rank, world_size, function, args, Path(folder), deadline_seconds) for rank in range(world_size)]
+        joined = joined and world_size > 1
+        pids = [_fork(rank, world_size, function, args, Path(folder), deadline_seconds, joined) for rank in range(world_size)]
         failure = _wait(pids, Path(folder), deadline_seconds)
         assert failure is None, failure
         return [pickle.loads((Path(folder) / f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _fork(rank: int, world_size: int, function: Callable, args: tuple, folder: Path, deadline_seconds: float) -> int:
+def _fork(
+    rank: int, world_size: int, function: Callable, args: tuple, folder: Path, deadline_seconds: float, joined: bool
+) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -49,11 +55,11 @@ def _fork(rank: int, world_size: int, function: Callable, args: tuple, folder: P
         log = open(folder / f"log-{rank}", "w")  # open until the process ends
         os.dup2(log.fileno(), 2)
         faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
-        if world_size > 1:
+        if joined:
             timeout = timedelta(seconds=deadline_seconds)
             dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timeout)
         result = function(rank, world_size, *args)
-        if world_size > 1:
+        if joined:
             dist.barrier()
         (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
         code = 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from parallel.errors import ConfigError
-from parallel.kernels import torch_kernels
+from parallel.kernels import lean_kernels, torch_kernels
 
 Kernel = Callable[..., Any]
 
@@ -29,9 +29,9 @@ class Backend:
 
 # In order of preference. Fused Apex, Triton and FlashAttention backends are rows to add here.
 ROWS: Mapping[str, tuple[Backend, ...]] = {
-    "rms_norm": (Backend("torch", torch_kernels.rms_norm),),
-    "rope": (Backend("torch", torch_kernels.rope),),
-    "swiglu": (Backend("torch", torch_kernels.swiglu),),
+    "rms_norm": (Backend("lean", lean_kernels.rms_norm), Backend("torch", torch_kernels.rms_norm)),
+    "rope": (Backend("lean", lean_kernels.rope), Backend("torch", torch_kernels.rope)),
+    "swiglu": (Backend("lean", lean_kernels.swiglu), Backend("torch", torch_kernels.swiglu)),
     "attention": (Backend("sdpa", torch_kernels.sdpa_attention), Backend("torch", torch_kernels.attention)),
     "wgrad": (Backend("torch", torch_kernels.wgrad),),
 }

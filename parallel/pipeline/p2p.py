@@ -70,7 +70,7 @@ class Mailbox:
         self.expected = [message for message in needed if message is not None and not self._is_local(message)]
         self.posted: dict[Message, tuple[Tensor, dist.Work]] = {}
         self.local: dict[Message, Tensor] = {}
-        self.sending: list[tuple[Tensor, dist.Work]] = []
+        self.sending: dict[Message, tuple[Tensor, dist.Work]] = {}
 
     def _is_local(self, message: Message) -> bool:
         return self.placement.rank(message.stage) == self.rank
@@ -94,21 +94,33 @@ class Mailbox:
         buffer, work = self.posted.pop(message)
         self.post_receives(1)
         work.wait()
+        if message.kind == "B":  # the answer to an activation: it has arrived, so it need not be kept
+            self._release(Message("F", message.micro_batch, message.stage - 1))
         return buffer
 
+    def _release(self, message: Message) -> None:
+        """Drop a message that is known to be through; waiting for it returns at once."""
+        tensor_and_work = self.sending.pop(message, None)
+        if tensor_and_work is not None:
+            tensor_and_work[1].wait()
+
     def put(self, message: Message, peer: int, tensor: Tensor) -> None:
-        """Send to pp rank `peer`, or hand over where both stages are on this rank. Never blocks; the tensor must not change."""
+        """Send to pp rank `peer`, or hand over where both stages are on this rank. Never blocks; the tensor must not change.
+
+        Messages that are through are let go. gloo says so of a send only when it is waited for: there, gradients stay until
+        `finish`, activations until their gradient comes back.
+        """
         if peer == self.rank:
             self.local[message] = tensor
             return
         tensor = tensor.contiguous()
         work = start_send(tensor, self.axes[message.kind], peer, self._tag(message))
-        self.sending = [(t, w) for t, w in self.sending if not w.is_completed()]
-        self.sending.append((tensor, work))
+        self.sending = {m: (t, w) for m, (t, w) in self.sending.items() if not w.is_completed()}
+        self.sending[message] = (tensor, work)
 
     def finish(self) -> None:
         """Wait for the last sends."""
         assert not self.expected and not self.posted and not self.local, "messages left over"
-        for _, work in self.sending:
+        for _, work in self.sending.values():
             work.wait()
-        self.sending = []
+        self.sending = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -35,7 +36,7 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
         target_logit = torch.zeros_like(top)
         if real:
             target_logit = values.gather(-1, local[..., None])[..., 0].masked_fill(outside, 0.0)
-        sums = torch.stack([(values - top[..., None]).exp().sum(-1), target_logit])
+        sums = torch.stack([(values - top[..., None]).exp_().sum(-1), target_logit])
         all_reduce(sums, tp)
         log_sum = sums[0].log() + top
         ctx.save_for_backward(logits, log_sum, local, outside)
@@ -46,12 +47,13 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor, None, None, None]:
         logits, log_sum, local, outside = ctx.saved_tensors
         real = ctx.real
-        dlogits = torch.zeros_like(logits)
-        if real:
-            softmax = (logits[..., :real].float() - log_sum[..., None]).exp_()
-            softmax.scatter_add_(-1, local[..., None], -(~outside)[..., None].to(softmax.dtype))
-            dlogits[..., :real] = softmax.mul_(dloss[..., None])
-        return dlogits, None, None, None
+        if not real:
+            return torch.zeros_like(logits), None, None, None
+        softmax = (logits[..., :real].float() - log_sum[..., None]).exp_()
+        softmax.scatter_add_(-1, local[..., None], -(~outside)[..., None].to(softmax.dtype))
+        dlogits = softmax.mul_(dloss[..., None]).to(logits.dtype)
+        padding = logits.shape[-1] - real
+        return F.pad(dlogits, (0, padding)) if padding else dlogits, None, None, None
 
 
 def vocabulary_parallel_cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int, tp: Axis) -> Tensor:

@@ -5,8 +5,10 @@ Legend: s sequence, b micro-batch, h hidden, v vocabulary; /tp = split over tens
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from parallel.groups import Axis
 from parallel.shards import Box, Replica, Segment, Shard
@@ -32,6 +34,38 @@ def vocabulary_shard(name: str, vocabulary: int, hidden: int, tp: Axis, replica:
     return Shard((rows, hidden), segments)
 
 
+def _add_rows(target: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:  # [v/tp, h], [s, b], [s, b, h] -> [v/tp, h]
+    """target[tokens] += rows, in place, adding in a fixed order: `index_put_` sorts on GPUs, but adds atomically from several
+    CPU threads, where `index_add_` is the one that runs in order."""
+    if target.is_cuda:
+        return target.index_put_((tokens,), rows, accumulate=True)
+    return target.index_add_(0, tokens.flatten(), rows.flatten(0, -2))
+
+
+class _Lookup(torch.autograd.Function):
+    """y = W[tokens], the weight gradient added to the engine's sink where there is one: no dense [v/tp, h] gradient is made.
+
+    forward: y = W[tokens]                  [s, b] -> [s, b, h]
+    wgrad:   dW[tokens] += dy, in fp32      [v/tp, h]
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, tokens: Tensor, weight: ShardedParameter) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.weight = weight
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[None, Tensor | None]:
+        (tokens,) = ctx.saved_tensors
+        weight = ctx.weight
+        if weight.sink is None:
+            return None, _add_rows(torch.zeros_like(weight), tokens, dy)
+        _add_rows(weight.sink.main_grad, tokens, dy.float())
+        weight.sink.ready()
+        return None, None
+
+
 class VocabularyParallelEmbedding(nn.Module):
     """Rows of the table by token id: [s, b] -> [s, b, h], or [s/tp, b, h] under sequence parallelism."""
 
@@ -42,8 +76,8 @@ class VocabularyParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:  # [s, b] -> [s/tp, b, h]
         if self.tp.size == 1:
-            return F.embedding(tokens, self.weight)
+            return _Lookup.apply(tokens, self.weight)
         local = tokens - self.tp.rank * self.weight.shape[0]
         outside = (local < 0) | (local >= self.weight.shape[0])
-        y = F.embedding(local.masked_fill(outside, 0), self.weight).masked_fill(outside[..., None], 0.0)
+        y = _Lookup.apply(local.masked_fill(outside, 0), self.weight).masked_fill(outside[..., None], 0.0)
         return scatter_sequence(y, self.tp) if self.sequence_parallel else reduce_from_tensor(y, self.tp)

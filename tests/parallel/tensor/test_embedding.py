@@ -53,6 +53,33 @@ def test_rows_and_gradients_are_those_of_one_table(size, vocabulary, sequence_pa
     assert all(not padding.any() for _, _, padding in ranks)
 
 
+class Sink:
+    def __init__(self, main_grad):
+        self.main_grad = main_grad
+
+    def ready(self):
+        pass
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_gradients_of_repeated_tokens_add_up_in_a_fixed_order_on_several_threads(with_sink):
+    """Else two runs of one seed differ in their last bits."""
+    tp = Axis.single("tp")
+    weight = parameter(vocabulary_shard("table", 32, 64, tp), {"table": randn(32, 64)})
+    embedding = VocabularyParallelEmbedding(weight, tp, sequence_parallel=False)
+    drawn = torch.randint(0, 32, (2048, 2), generator=torch.Generator().manual_seed(1))
+    dy, threads, results = randn(2048, 2, 64), torch.get_num_threads(), []
+    torch.set_num_threads(4)
+    try:
+        for _ in range(8):
+            weight.grad, weight.sink = None, Sink(torch.zeros(32, 64)) if with_sink else None
+            embedding(drawn).backward(dy)
+            results.append(weight.sink.main_grad if with_sink else weight.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 @given(st.integers(1, 300_000), st.integers(1, 512))
 def test_the_shards_of_a_vocabulary_cover_it_once_with_equal_local_rows(vocabulary, size):
     ledger, next_row = Ledger(), 0

@@ -117,6 +117,10 @@ def test_fused_heads_with_replicas_are_plain_linears(size, replicas, sequence_pa
     x = X.clone().requires_grad_()
     loss = 0.0
     for index, (y, coefficients, _, _, pieces, replica) in enumerate(ranks):
+        q_rows, kv_rows = 24 // size, 6 * replicas // size
+        kv = index // replicas * kv_rows  # a run of consecutive ranks has the same rows, next to their query heads
+        expected_k, expected_v = ("k", kv, kv_rows, q_rows), ("v", kv, kv_rows, q_rows + kv_rows)
+        assert pieces == [("q", index * q_rows, q_rows, 0), expected_k, expected_v]
         rows = [plain[name][offset : offset + count] for name, offset, count, _ in pieces]
         right = x @ torch.cat(rows).t()
         torch.testing.assert_close(y, right.detach(), **TOLERANCE)

@@ -1,0 +1,253 @@
+"""The native engine against torch.optim on whole parameters, and what it promises about when messages leave."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from parallel.groups import build_groups
+from parallel.topology import Topology
+from parallel.zero.buckets import Bucket
+from parallel.zero.native import NativeZero, OptimizerSettings
+from tests.parallel.building import box_parts, coverage, grid, sum_of_parts
+from tests.parallel.zero.model import SHARDS, Net, backward_passes, micro_batches, train_step
+from tests.ranks import run_ranks
+
+STEPS, LEARNING_RATE, CLIP = 4, 0.05, 1.5
+ADAMW = OptimizerSettings(eps=1e-5, clip_norm=CLIP, bucket_size=60)
+SGD = OptimizerSettings(algorithm="sgd", clip_norm=CLIP, bucket_size=60)
+# fp32: gradients are summed in another order; a few units in the last place over four steps
+TOLERANCE = dict(rtol=1e-5, atol=1e-6)
+
+
+def settings_of(base, **changes):
+    return OptimizerSettings(**{**base.__dict__, **changes})
+
+
+def torch_optimizer(net, settings):
+    named = net.named()
+    decayed = [p for name, p in named.items() if SHARDS[name].decay]
+    others = [p for name, p in named.items() if not SHARDS[name].decay]
+    if settings.algorithm == "sgd":
+        return torch.optim.SGD(decayed + others, lr=LEARNING_RATE)
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(settings.beta1, settings.beta2), eps=settings.eps)
+
+
+@lru_cache
+def reference(settings, data_size, steps=tuple(range(STEPS))):
+    """Weights after the steps, the norms before clipping, and Adam's moments, by torch.optim on one process."""
+    net = Net()
+    optimizer, norms = torch_optimizer(net, settings), []
+    for step in steps:
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)  # an unused parameter's gradient is zero, not missing: it decays
+        for data_rank in range(data_size):
+            for tokens, targets in micro_batches(step, data_rank):
+                net(tokens, targets).backward()
+        limit = settings.clip_norm or float("inf")
+        norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), limit).item())
+        optimizer.step()
+    named = net.named()
+    moments = {}
+    for kind in ("exp_avg", "exp_avg_sq") if settings.algorithm == "adamw" else ():
+        moments |= {f"{kind}/{name}": optimizer.state[p][kind] for name, p in named.items()}
+    return {name: p.detach() for name, p in named.items()}, norms, moments
+
+
+def train(rank, world_size, settings):
+    net = Net()
+    groups = grid(rank, dp=world_size)
+    engine = NativeZero([net], groups, settings)
+    norms = [train_step(net, engine, step, rank, LEARNING_RATE).norm.item() for step in range(STEPS)]
+    engine.finish()
+    state = sum(v.numel() for s in engine._optimizer.state.values() for name, v in s.items() if name != "step")
+    return {
+        "norms": norms,
+        "parameters": {name: p.detach().clone() for name, p in net.named().items()},
+        "weights": box_parts(engine.weight_boxes(write=False)),
+        "written weights": box_parts(engine.weight_boxes(write=True)),
+        "written moments": box_parts(engine.optimizer_boxes(write=True)),
+        "state": state,
+        "bucket sizes": sum(bucket.size for bucket in engine.buckets),
+        "steps": engine.optimizer_steps,
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("base", [ADAMW, SGD], ids=["adamw", "sgd"])
+def test_training_is_torchs_on_the_whole_parameters(base, stage, size):
+    """Weights, norms and moments; in stage 1 each rank has its part of them; what is written is everything, once."""
+    settings = settings_of(base, zero_stage=stage)
+    weights, norms, moments = reference(base, size)
+    assert min(norms) > CLIP, "clipping must be at work"
+    ranks = run_ranks(size, train, settings)
+    for rank in ranks:
+        assert rank["norms"] == pytest.approx(norms, rel=1e-5) and rank["norms"] == ranks[0]["norms"]
+        torch.testing.assert_close(rank["parameters"], weights, **TOLERANCE)
+        assert all(torch.equal(p, ranks[0]["parameters"][name]) for name, p in rank["parameters"].items())
+        adam = base.algorithm == "adamw"
+        assert rank["steps"] == (STEPS if adam else 0)
+        assert rank["state"] == (2 * rank["bucket sizes"] // (size if stage else 1) if adam else 0)
+    for what, right in (("written weights", weights), ("written moments", moments)):
+        written = [part for rank in ranks for part in rank[what]]
+        assert all((count == 1).all() for count in coverage(written, right).values()), what
+        torch.testing.assert_close(sum_of_parts(written, right), right, **TOLERANCE)
+    held = coverage([part for rank in ranks for part in rank["weights"]], weights)
+    assert all((count == (1 if stage else size)).all() for count in held.values())
+    if stage == 0:
+        assert all(not rank["written weights"] for rank in ranks[1:])
+
+
+def test_without_clipping_nothing_is_scaled():
+    settings = settings_of(SGD, clip_norm=0.0)
+    weights, norms, _ = reference(settings, 2)
+    for rank in run_ranks(2, train, settings):
+        assert rank["norms"] == pytest.approx(norms, rel=1e-5)
+        torch.testing.assert_close(rank["parameters"], weights, **TOLERANCE)
+
+
+def test_a_norm_below_the_limit_is_not_scaled_up():
+    settings = settings_of(SGD, clip_norm=1e6)
+    weights, _, _ = reference(settings_of(SGD, clip_norm=0.0), 1)
+    torch.testing.assert_close(run_ranks(1, train, settings)[0]["parameters"], weights, **TOLERANCE)
+
+
+def train_in_bf16(rank, world_size):
+    net, groups = Net(torch.bfloat16), grid(rank, dp=world_size)
+    engine = NativeZero([net], groups, ADAMW)
+    start = {name: p.detach().float() for name, p in net.named().items()}
+    for step in range(STEPS):
+        train_step(net, engine, step, rank, 1e-4)  # updates below a bf16 step: only the master can hold them
+    engine.finish()
+    rounded = all(torch.equal(b.weights[b.start : b.stop], b.master.bfloat16()) for b in engine.buckets)
+    return rounded, start, box_parts(engine.weight_boxes(write=True)), {n: p.detach() for n, p in net.named().items()}
+
+
+def test_bf16_weights_are_the_fp32_master_rounded_and_small_updates_are_not_lost():
+    ranks = run_ranks(2, train_in_bf16)
+    start = ranks[0][1]
+    master = sum_of_parts([part for rank in ranks for part in rank[2]], start)
+    for rounded, _, _, parameters in ranks:
+        assert rounded
+        assert all(torch.equal(p, master[name].bfloat16()) for name, p in parameters.items())
+    moved = (master["up"] - start["up"]).abs()
+    assert moved.max() < 5e-4 and (moved > 0).all()
+
+
+def train_with_one_bad_step(rank, world_size, settings, bad):
+    """Step 1 is not finite on the last rank alone, in a gradient or in one of the caller's sums."""
+    net, groups = Net(), grid(rank, dp=world_size)
+    engine = NativeZero([net], groups, settings)
+    skipped, steps = [], []
+    for step in range(3):
+        backward_passes(net, engine, micro_batches(step, rank))
+        sums = torch.ones(2, dtype=torch.float64)
+        if step == 1 and rank == world_size - 1:
+            if bad == "sum":
+                sums[1] = float("nan")
+            else:
+                engine.reduce_gradients()
+                engine.buckets[0].master_grad[0] = float(bad)
+        info = engine.step(LEARNING_RATE, sums)
+        skipped.append(info.skipped.item())
+        steps.append(engine.optimizer_steps)
+    engine.finish()
+    return skipped, steps, info.sums.tolist(), {name: p.detach().clone() for name, p in net.named().items()}
+
+
+@pytest.mark.parametrize("bad", ["inf", "nan", "sum"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_step_that_is_not_finite_anywhere_is_skipped_everywhere(stage, bad):
+    """Adam's count stands still: the next step is as if the bad one had never been."""
+    weights, _, _ = reference(ADAMW, 2, steps=(0, 2))
+    for skipped, steps, sums, parameters in run_ranks(2, train_with_one_bad_step, settings_of(ADAMW, zero_stage=stage), bad):
+        assert skipped == [0.0, 1.0, 0.0]
+        assert steps == [1, 1, 2]
+        assert sums == [2.0, 2.0]  # added up over the world
+        torch.testing.assert_close(parameters, weights, **TOLERANCE)
+
+
+def note_when_reductions_start(rank, world_size, stage):
+    """Events of one step: F and B of each micro-batch, and the names in each bucket whose reduction starts."""
+    net, groups = Net(), grid(rank, dp=world_size)
+    engine = NativeZero([net], groups, settings_of(ADAMW, zero_stage=stage))
+    events = []
+    for bucket in engine.buckets:
+
+        def start(bucket=bucket):
+            events.append("+".join(p.shard.segments[0].name for p in bucket.parameters))
+            Bucket.start_reduction(bucket)
+
+        bucket.start_reduction = start
+    engine.begin_step()
+    for index, (tokens, targets) in enumerate(micro_batches(0, rank)):
+        loss = net(tokens, targets)
+        if index == 2:
+            engine.last_use(0)
+        loss.backward()
+        events.append(f"B{index}")
+    engine.no_more_grads(0)
+    events.append("end of backward")
+    engine.step(LEARNING_RATE, torch.zeros(1, dtype=torch.float64))
+    return events
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_buckets_leave_during_the_last_backward_pass_as_they_fill(stage):
+    """The bucket of the unused parameter never fills, so it leaves at the end; each leaves once."""
+    leave = ["down", "up", "norm", "table"]  # the reverse of their use; the table last, for it waits for its second use
+    for events in run_ranks(2, note_when_reductions_start, stage):
+        assert events == ["B0", "B1", *leave, "B2", "unused", "end of backward"]
+
+
+def look_at_gathers(rank, world_size):
+    net, groups = Net(), grid(rank, dp=world_size)
+    engine = NativeZero([net], groups, ADAMW)
+    owner = {p.shard.segments[0].name: bucket for bucket in engine.buckets for p in bucket.parameters}
+    train_step(net, engine, 0, rank, LEARNING_RATE)
+    pending = all(bucket.gather is not None for bucket in engine.buckets)
+    seen = {}
+    modules = {"table": net.embedding, "norm": net.norm, "up": net.up, "down": net.down}
+    for name, module in modules.items():
+        original = module.forward
+
+        def look(x, name=name, original=original):
+            seen[name] = owner[name].gather is None
+            return original(x)
+
+        module.forward = look
+    net(*micro_batches(1, rank)[0])
+    engine.finish()
+    return pending, seen, [name for name, bucket in owner.items() if bucket.gather is not None]
+
+
+def test_weights_are_on_their_way_after_a_step_and_waited_for_where_they_are_used():
+    for pending, seen, after_finish in run_ranks(2, look_at_gathers):
+        assert pending
+        assert seen == {"table": True, "norm": True, "up": True, "down": True}
+        assert after_finish == []
+
+
+def load_and_publish(rank, world_size, stage):
+    """Fill the master shards as a checkpoint does, then publish."""
+    net, groups = Net(torch.bfloat16), grid(rank, dp=world_size)
+    engine = NativeZero([net], groups, settings_of(ADAMW, zero_stage=stage))
+    for box in engine.weight_boxes(write=False):
+        full = torch.arange(float(torch.Size(box.global_shape).numel())).view(box.global_shape)
+        box.tensor.copy_(full[box.box.slices()])
+    engine.publish_weights()
+    engine.optimizer_steps = 12
+    expected = {n: torch.arange(float(p.numel())).view(p.shape).bfloat16() for n, p in net.named().items()}
+    return all(torch.equal(p, expected[n]) for n, p in net.named().items()), engine.optimizer_steps
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_loaded_shards_become_the_models_weights_on_every_rank(stage):
+    assert run_ranks(2, load_and_publish, stage) == [(True, 12)] * 2
+
+
+def test_a_parameter_that_does_not_know_its_place_is_refused():
+    with pytest.raises(AssertionError, match="every parameter must know its place"):
+        NativeZero([torch.nn.Linear(2, 2)], build_groups(Topology(), 0), ADAMW)
