@@ -26,7 +26,7 @@ EXPECTED = {
     int: "an integer",
     float: "a finite number",
     bool: "true or false",
-    Sources: 'a list of "PREFIX" or {prefix = "PREFIX", weight = NUMBER}, weights above 0',
+    Sources: 'a list of "PREFIX" or {prefix = "PREFIX", weight = NUMBER, max_epochs = NUMBER}, weights above 0',
     StageLayers: '"auto" or a list of integers',
 }
 SHORT_NAMES = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false", Sources: "LIST", StageLayers: "auto|LIST"}
@@ -230,17 +230,18 @@ def _as_type(value: Any, kind: Any) -> Any:
 def _as_source(entry: Any) -> DataSource | None:
     if isinstance(entry, str):
         return DataSource(entry) if entry else None
-    if not isinstance(entry, dict) or not isinstance(entry.get("prefix"), str) or not entry.keys() <= {"prefix", "weight"}:
+    if not isinstance(entry, dict) or not isinstance(entry.get("prefix"), str):
         return None
-    if "weight" not in entry:
-        return DataSource(entry["prefix"])
-    weight = _as_type(entry["weight"], float)
-    return DataSource(entry["prefix"], weight) if weight is not None and weight > 0 else None
+    numbers = {key: _as_type(value, float) for key, value in entry.items() if key != "prefix"}
+    if not numbers.keys() <= {"weight", "max_epochs"} or any(value is None or value <= 0 for value in numbers.values()):
+        return None
+    return DataSource(entry["prefix"], **numbers)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(entry) for entry in value]
     if isinstance(value, DataSource):
-        return value.prefix if value.weight is None else {"prefix": value.prefix, "weight": value.weight}
+        given = {key: number for key, number in dataclasses.asdict(value).items() if number is not None}
+        return value.prefix if len(given) == 1 else given
     return value

@@ -159,14 +159,19 @@ def _world_size(config: RunConfig, world_size: int) -> None:
         fix = f" or set --parallel.dp to {world_size // model_parallel}" if world_size % model_parallel == 0 else ""
         raise ConfigError(
             f"the world size must be {layout} x dp {parallel.dp} = {model_parallel * parallel.dp}, and is {world_size}; "
-            f"start {model_parallel * parallel.dp} processes{fix}"
+            f"start {model_parallel * parallel.dp} processes{_launcher(world_size)}{fix}"
         )
     if world_size % model_parallel or world_size == 0:
         below = world_size // model_parallel * model_parallel
         raise ConfigError(
             f"the world size must be a multiple of {layout} = {model_parallel}, and is {world_size}; "
-            f"start {_either([size for size in (below, below + model_parallel) if size])} processes"
+            f"start {_either([size for size in (below, below + model_parallel) if size])} processes{_launcher(world_size)}"
         )
+
+
+def _launcher(world_size: int) -> str:
+    """A hint for who started a program as one process."""
+    return " (torchrun --nproc-per-node=NUMBER -m megatron_llama.train ...)" if world_size == 1 else ""
 
 
 def _batch(config: RunConfig, world_size: int) -> None:

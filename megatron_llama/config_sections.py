@@ -21,11 +21,12 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), minimum: 
 class DataSource:
     """One indexed dataset, `prefix`.bin and `prefix`.idx, and its share of the blend relative to the other sources.
 
-    Without weights (None), sources are mixed in proportion to their sizes.
+    Without weights (None), sources are mixed in proportion to their sizes. `max_epochs` limits how often a run may read it.
     """
 
     prefix: str
     weight: float | None = None
+    max_epochs: float | None = None
 
 
 Sources = tuple[DataSource, ...]
@@ -81,11 +82,16 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Indexed datasets, each "PREFIX" or {prefix = "PREFIX", weight = 0.7}; paths relative to the working directory."""
+    """Indexed datasets, each "PREFIX" or {prefix = "PREFIX", weight = 0.7, max_epochs = 4}; paths from the working folder."""
 
     train: Sources = setting((), "training datasets")
     valid: Sources = setting((), "held-out datasets")
     seed: int = setting(1234, "seed of the sample order", minimum=0)
+    order: str = setting("windows", "order of samples; megatron is megatron-core's", choices=("windows", "megatron"))
+    on_cap: str = setting("error", "what to do where a source would exceed max_epochs", choices=("error", "redistribute"))
+    allow_changed: bool = setting(False, "resume although a dataset, the seed or the order is not the checkpoint's")
+    first_sample: int = setting(0, "sample that a fresh start begins with: a Megatron run's consumed samples", minimum=0)
+    megatron_split: str = setting("1", "--split of the Megatron run, whose first part is trained on (order = megatron)")
     tokenizer: str = setting("", "tokenizer .model file, copied into the run and its checkpoints; may be empty")
 
 

@@ -42,7 +42,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     if sampling.temperature == 0.0:
         return logits.argmax()
     probabilities, order = (logits / sampling.temperature).softmax(-1).sort(descending=True)
-    outside = probabilities.cumsum(-1) - probabilities > sampling.top_p  # the first one always stays
+    outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p  # the first one always stays
     probabilities = probabilities.masked_fill(outside, 0.0)
     return order[torch.multinomial(probabilities, 1, generator=generator)[0]]
 

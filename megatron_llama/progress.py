@@ -33,7 +33,7 @@ def format_interval(interval: Interval) -> str:
         f"lr {interval.learning_rate:.2e}",
         f"norm {interval.grad_norm:.3f}",
         f"{interval.tokens_per_second:,.0f} tokens/s",
-        f"{interval.flops_per_second / 1e12:.3g} TFLOP/s per device" if interval.mfu is None else f"MFU {interval.mfu:.1%}",
+        f"{format_flops(interval.flops_per_second)} per device" if interval.mfu is None else f"MFU {interval.mfu:.1%}",
         f"{format_duration(interval.remaining_seconds)} left",
     ]
     if interval.memory_bytes is not None:
@@ -41,6 +41,13 @@ def format_interval(interval: Interval) -> str:
     if interval.skipped_steps:
         parts.append(f"SKIPPED {interval.skipped_steps} (loss or gradient not finite)")
     return " | ".join(parts)
+
+
+def format_flops(flops_per_second: float) -> str:
+    """FLOP/s in the unit that reads best: GFLOP/s on a laptop, TFLOP/s on an accelerator."""
+    if flops_per_second < 1e12:
+        return f"{flops_per_second / 1e9:.3g} GFLOP/s"
+    return f"{flops_per_second / 1e12:.3g} TFLOP/s"
 
 
 def format_duration(seconds: float) -> str:

@@ -72,6 +72,20 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     return resolve_checkpoint(Path(config.checkpoint.load))
 
 
+def fresh_position(config: RunConfig) -> Position:
+    """Where a run begins that has no checkpoint."""
+    return Position(samples=config.data.first_sample)
+
+
+def stored_position(config: RunConfig) -> tuple[Position, dict[str, Any] | None]:
+    """Where the run will go on, and the state of the training data there (None at a fresh start). Raises CheckpointError."""
+    directory = find_checkpoint(config)
+    if directory is None:
+        return fresh_position(config), None
+    state = read_manifest(directory).state
+    return Position(**state["position"]), state["dataset"]
+
+
 def load_state(directory: Path, runtime: Runtime, engine: NativeZero) -> Position:
     """Load a checkpoint, made in whatever layout, into this one: weights, optimizer state and position.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,12 +28,22 @@ from megatron_llama.config import (
 )
 from megatron_llama.data.blend import Blend, build_blend
 from megatron_llama.data.loader import Loader
+from megatron_llama.data.mixture import table_lines
+from megatron_llama.data.training_data import TrainingData, open_training_data
 from megatron_llama.evaluate import Evaluator
 from megatron_llama.flops import parameter_count
 from megatron_llama.metrics import MetricsWriter
 from megatron_llama.program import STOPPED, agree, asks_for_help, open_log, run_program
 from megatron_llama.runtime import Runtime, build_runtime
-from megatron_llama.state import TOKENIZER_FILE, Position, find_checkpoint, load_state, save_state
+from megatron_llama.state import (
+    TOKENIZER_FILE,
+    Position,
+    find_checkpoint,
+    fresh_position,
+    load_state,
+    save_state,
+    stored_position,
+)
 from megatron_llama.step import TrainStep, optimizer_settings
 from megatron_llama.tokenizer import Tokenizer
 from megatron_llama.trainer import Trainer
@@ -48,7 +59,7 @@ Result = TypeVar("Result")
 
 
 def main(launch: Launch, argv: list[str]) -> int:
-    """Train as the arguments ask for. Returns the exit code: 0 done, 75 stopped with its state saved."""
+    """Train as the arguments ask for. Returns 0 (done, or nothing left to do) or 75 (stopped with its state saved)."""
     if launch.rank and asks_for_help(argv):
         return 0
     config = load_config(argv)
@@ -66,6 +77,9 @@ def main(launch: Launch, argv: list[str]) -> int:
 
     engine = NativeZero(runtime.chunks, runtime.groups, optimizer_settings(config))
     position = agree(lambda: _resume(config, runtime, engine), world, device)
+    if position.step >= total_steps(config):  # a job that was submitted once more
+        log.info(f"step {position.step} of {total_steps(config)}: this run is complete; raise --train.steps to go on")
+        return 0
     step = TrainStep(runtime, engine, micro_batches_per_step(config, launch.world_size))
     log.info(describe(launch, runtime, engine, step, train_data, position))
 
@@ -79,13 +93,15 @@ def main(launch: Launch, argv: list[str]) -> int:
 
     metrics = agree(lambda: _in_run_directory(config, record), world, device)
     train = config.train
-    loader = Loader(train_data, train.sequence_length, train.micro_batch_size, train.global_batch_size, data.rank, data.size)
+    batch = train.micro_batch_size, train.global_batch_size
+    loader = Loader(train_data.blend, train.sequence_length, *batch, data.rank, data.size)
     evaluator = None
     if valid_data is not None:
-        evaluator = Evaluator(runtime, valid_data, train.evaluate_tokens, train.micro_batch_size)
+        make_evaluator = partial(Evaluator, runtime, valid_data, train.evaluate_tokens, train.micro_batch_size)
+        evaluator = agree(make_evaluator, world, device)
 
     def save(position: Position) -> None:
-        directory = save_state(runtime, engine, position, train_data.fingerprint(), tokenizer)
+        directory = save_state(runtime, engine, position, train_data.state(position.samples), tokenizer)
         log.info(f"step {position.step}: saved {directory}")
 
     finished = Trainer(config, step, engine, loader, position, save, evaluator, metrics).run()
@@ -94,10 +110,12 @@ def main(launch: Launch, argv: list[str]) -> int:
     return 0 if finished else STOPPED
 
 
-def _open_data(config: RunConfig) -> tuple[Blend, Blend | None, bytes | None]:
-    """Training data, held-out data, and the tokenizer's bytes. Raises DataError and ConfigError."""
+def _open_data(config: RunConfig) -> tuple[TrainingData, Blend | None, bytes | None]:
+    """Training data, held-out data, and the tokenizer's bytes. Raises DataError, ConfigError and CheckpointError."""
     data, model, length = config.data, config.model, config.train.sequence_length
-    train = build_blend([(s.prefix, s.weight) for s in data.train], length, data.seed, model.vocab_size)
+    start, stored = stored_position(config)
+    end_sample = start.samples + max(0, total_steps(config) - start.step) * config.train.global_batch_size
+    train = open_training_data(data, length, model.vocab_size, end_sample, start.samples, stored)
     valid = None
     if data.valid:
         entries = [(s.prefix, s.weight) for s in data.valid]
@@ -127,7 +145,7 @@ def _in_run_directory(config: RunConfig, work: Callable[[Path], Result]) -> Resu
 def _resume(config: RunConfig, runtime: Runtime, engine: NativeZero) -> Position:
     """Where to start from: the checkpoint that was asked for or found, else the beginning."""
     directory = find_checkpoint(config)
-    position = Position() if directory is None else load_state(directory, runtime, engine)
+    position = fresh_position(config) if directory is None else load_state(directory, runtime, engine)
     root = checkpoint_directory(config)
     later = [step for step in committed_steps(root) if step > position.step]
     if later:
@@ -135,16 +153,11 @@ def _resume(config: RunConfig, runtime: Runtime, engine: NativeZero) -> Position
             f"this run starts at step {position.step}, and {root} already holds step {later[-1]}, which it would have to "
             "overwrite: set --checkpoint.load auto to go on from there, or another --log.directory"
         )
-    if position.step >= total_steps(config):
-        raise ConfigError(
-            f"{directory} is at step {position.step}, and train.steps = {total_steps(config)} is not beyond it: "
-            "raise --train.steps, or set --checkpoint.load none to start afresh"
-        )
     return position
 
 
 def describe(
-    launch: Launch, runtime: Runtime, engine: NativeZero, step: TrainStep, data: Blend, position: Position
+    launch: Launch, runtime: Runtime, engine: NativeZero, step: TrainStep, data: TrainingData, position: Position
 ) -> str:
     """What is about to run, for the log."""
     config, groups, report = runtime.config, runtime.groups, step.report
@@ -174,8 +187,9 @@ def describe(
             f"optimizer {config.optimizer.name}, ZeRO stage {parallel.zero_stage} over {groups.data.size} data ranks, "
             f"{len(buckets)} buckets; weights, gradients and optimizer state of this rank: {state_bytes / 2**20:,.1f} MiB",
             f"kernels   {runtime.kernels}",
-            f"data      {len(data.sources)} sources, {data.num_windows:,} windows of {train.sequence_length} tokens; "
-            f"this run reads {total_steps(config) * train.global_batch_size / data.num_windows:.2f} epochs",
+            f"data      {len(data.rows)} sources, {data.blend.num_windows:,} windows of {train.sequence_length} tokens, order "
+            f"{config.data.order}; at the end of the run:",
+            *(f"          {line}" for line in [*table_lines(data.rows), *data.notes]),
             f"steps     {total_steps(config):,} of {train.global_batch_size} sequences = {tokens:,} tokens; "
             f"starting at step {position.step}",
         ]

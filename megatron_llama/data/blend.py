@@ -11,7 +11,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def period_table(integers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     period = sum(integers)
     table, rank = np.empty(period, np.int32), np.empty(period, np.int32)
     counts = [0] * len(integers)
-    waiting: list[tuple[int, int]] = [(0, source) for source in range(len(integers))]  # (first entry allowed, source)
+    waiting = [(0, source) for source, weight in enumerate(integers) if weight]  # (first entry allowed, source)
     ready: list[tuple[int, int]] = []  # (deadline, source)
     for entry in range(period):
         while waiting and waiting[0][0] <= entry:
@@ -83,31 +83,77 @@ def period_table(integers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     return table, rank
 
 
+class Piece(NamedTuple):
+    """A stretch of the token stream of one source."""
+
+    source: int
+    start_token: int
+    num_tokens: int
+
+
+def read_pieces(
+    datasets: Sequence[IndexedDataset], samples: Sequence[Sequence[Piece]], sequence_length: int, vocab_size: int | None
+) -> np.ndarray:
+    """The tokens of samples of s + 1 tokens, int64 [len(samples), s + 1]. Raises DataError for an id outside the vocabulary."""
+    tokens = np.empty((len(samples), sequence_length + 1), np.int64)
+    for row, pieces in zip(tokens, samples, strict=True):
+        position = 0
+        for source, start_token, num_tokens in pieces:
+            ids = datasets[source].read_raw(start_token, num_tokens)
+            if vocab_size is not None:
+                check_ids_of(datasets[source], ids, start_token, vocab_size)
+            row[position : position + num_tokens] = ids
+            position += num_tokens
+        assert position == sequence_length + 1, "the pieces of a sample are not s + 1 tokens together"
+    return tokens
+
+
 class Blend:
     """An endless series of samples from several sources: sample i is a pure function of (datasets, seed, i).
 
     `weights` are proportions, or None for the numbers of windows. `sequence_length` s is that of the sources;
     `num_windows` is the number of different samples of all sources together. With a `vocab_size`, every token read is
-    checked against it.
+    checked against it. Samples are numbered from `first_sample` on, where the sources are at their cursors. `integers`
+    are weights that are taken as they are; one of them may be 0.
     """
 
     def __init__(
-        self, sources: Sequence[Source], weights: Sequence[float] | None = None, vocab_size: int | None = None
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float] | None = None,
+        vocab_size: int | None = None,
+        first_sample: int = 0,
+        integers: Sequence[int] | None = None,
     ) -> None:
         assert sources and len({source.sequence_length for source in sources}) == 1
         self.sources = list(sources)
         self.sequence_length = sources[0].sequence_length
         self.num_windows = sum(source.num_windows for source in sources)
         self.vocab_size = vocab_size
-        self.weights = integer_weights([source.num_windows for source in sources] if weights is None else weights)
+        self.first_sample = first_sample
+        if integers is None:
+            integers = integer_weights([source.num_windows for source in sources] if weights is None else weights)
+        self.weights = list(integers)
         self._table, self._rank = period_table(self.weights)
         self._integers = np.array(self.weights, np.int64)
 
     def locate(self, samples: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
         """The source number of each sample, and the number of its draw there; of the shape of `samples`."""
-        periods, entries = np.divmod(np.asarray(samples, np.int64), len(self._table))
+        samples = np.asarray(samples, np.int64) - self.first_sample
+        assert samples.size == 0 or samples.min() >= 0, "a sample before the mixture began"
+        periods, entries = np.divmod(samples, len(self._table))
         sources = self._table[entries]
         return sources, periods * self._integers[sources] + self._rank[entries]
+
+    def pieces(self, samples: np.ndarray) -> list[list[Piece]]:
+        """Where the tokens of each sample lie: s + 1 of them in one or several pieces."""
+        sources, draws = self.locate(samples)
+        pieces: list[list[Piece]] = [[] for _ in samples]
+        for number in np.unique(sources).tolist():
+            rows = np.flatnonzero(sources == number)
+            for row, found in zip(rows.tolist(), self.sources[number].pieces(draws[rows]), strict=True):
+                pieces[row] = [Piece(number, *piece) for piece in found]
+        return pieces
 
     def sample(self, number: int) -> np.ndarray:
         """The tokens of one sample, int64 [s + 1]. Raises DataError for an id outside the vocabulary."""
@@ -115,31 +161,19 @@ class Blend:
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
         """The tokens of many samples, int64 [len(numbers), s + 1]. Raises DataError for an id outside the vocabulary."""
-        tokens = np.empty((len(numbers), self.sequence_length + 1), np.int64)
-        sources, draws = self.locate(numbers)
-        for number in np.unique(sources):
-            source, rows = self.sources[number], np.flatnonzero(sources == number)
-            for row, start in zip(rows, source.start_token(draws[rows]), strict=True):
-                tokens[row] = source.dataset.read(int(start), self.sequence_length + 1)
-                if self.vocab_size is not None:
-                    check_ids_of(source.dataset, tokens[row], int(start), self.vocab_size)
-        return tokens
+        datasets = [source.dataset for source in self.sources]
+        return read_pieces(datasets, self.pieces(numbers), self.sequence_length, self.vocab_size)
 
-    def epochs(self, num_samples: int) -> list[float]:
-        """How often each source has been seen after the first `num_samples` samples."""
-        share = num_samples / len(self._table)
-        return [share * weight / source.num_windows for weight, source in zip(self.weights, self.sources, strict=True)]
+    def draws_before(self, sample: int) -> list[int]:
+        """How often each source has been drawn since `first_sample`, before that sample."""
+        periods, entries = divmod(sample - self.first_sample, len(self._table))
+        within = np.bincount(self._table[:entries], minlength=len(self.sources)).tolist()
+        return [periods * weight + count for weight, count in zip(self.weights, within, strict=True)]
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What the order of the samples depends on; JSON-able, for checkpoints. Paths play no part."""
-        return {
-            "sequence_length": self.sequence_length,
-            "weights": self.weights,
-            "sources": [
-                {"seed": source.seed, "key": source.source_key, "shuffle": source.shuffle, **source.dataset.fingerprint()}
-                for source in self.sources
-            ],
-        }
+    def tokens_read(self, sample: int) -> list[int]:
+        """The tokens that have been read of each source before that sample, since its first epoch."""
+        draws = self.draws_before(sample)
+        return [source.cursor_after(count).tokens for source, count in zip(self.sources, draws, strict=True)]
 
 
 def build_blend(
@@ -152,14 +186,20 @@ def build_blend(
 
     Raises ConfigError where there is no entry or only some have a weight, DataError for what is wrong with a dataset.
     """
-    if not entries:
-        raise ConfigError("data.train: found no dataset, needed at least one prefix")
-    without = [prefix for prefix, weight in entries if weight is None]
-    if without and len(without) < len(entries):
-        raise ConfigError(f"data.train: {without[0]} has no weight, others have; give a weight to every entry or to none")
+    check_entries(entries)
     sources = []
     for number, (prefix, _) in enumerate(entries):
         dataset = IndexedDataset(prefix)
         check_token_ids(dataset, vocab_size)
         sources.append(Source(dataset, sequence_length, seed, number, shuffle))
-    return Blend(sources, None if without else [weight for _, weight in entries if weight is not None], vocab_size)
+    weights = [weight for _, weight in entries if weight is not None]
+    return Blend(sources, weights or None, vocab_size)
+
+
+def check_entries(entries: Sequence[tuple[str, float | None]]) -> None:
+    """Raises ConfigError where there is no entry, or only some have a weight."""
+    if not entries:
+        raise ConfigError("data.train: found no dataset, needed at least one prefix")
+    without = [prefix for prefix, weight in entries if weight is None]
+    if without and len(without) < len(entries):
+        raise ConfigError(f"data.train: {without[0]} has no weight, others have; give a weight to every entry or to none")

@@ -132,6 +132,7 @@ def test_typed_values_on_the_command_line():
         ("data.train", "[1]", "PREFIX"),
         ("data.train", '[{prefix = "a", weight = 0}]', "weights above 0"),
         ("data.train", '[{prefix = "a", wait = 1}]', "PREFIX"),
+        ("data.train", '[{prefix = "a", max_epochs = -1}]', "max_epochs = NUMBER"),
         ("data.train", '[{weight = 1}]', "PREFIX"),
     ],
 )
@@ -224,7 +225,8 @@ def any_value(item: dataclasses.Field) -> st.SearchStrategy:
     if item.metadata["choices"]:
         return st.sampled_from(item.metadata["choices"])
     if item.name in ("train", "valid"):
-        sources = st.builds(DataSource, st.text(min_size=1, max_size=8), st.floats(1e-6, 1e6))
+        number = st.none() | st.floats(1e-6, 1e6)
+        sources = st.builds(DataSource, st.text(min_size=1, max_size=8), number, number)
         return st.lists(sources, max_size=3).map(tuple)
     if item.name == "layers_per_stage":
         return st.just("auto") | st.lists(st.integers(0, 99), max_size=4).map(tuple)

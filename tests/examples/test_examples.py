@@ -1,0 +1,136 @@
+"""The examples fit the program: configurations validate, the job script passes its arguments on, the quickstart runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_llama.config import load_config, micro_batches_per_step, validate
+from megatron_llama.flops import parameter_count
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+DATA = ["--data.train", "train", "--data.valid", "valid"]
+
+# file -> what its comment says, the processes that this means, the micro-batches that it promises
+CONFIGS = {
+    "laptop.toml": [("python -m megatron_llama.train", 1, None), ("--nproc-per-node=4", 4, None)],
+    "llama-7b.toml": [("4 nodes of 8", 32, 64), ("any multiple of 2 GPUs", 2, None)],
+    "llama-65b.toml": [("2048 GPUs", 2048, 32), ("any multiple of 32 GPUs", 32, None)],
+    "llama-3-8b.toml": [("8 nodes of 8", 64, 32), ("any multiple of 4 GPUs", 4, None)],
+}
+PARAMETERS = {"laptop.toml": "20M", "llama-7b.toml": "7B", "llama-65b.toml": "65B", "llama-3-8b.toml": "8B"}
+
+
+def test_every_configuration_is_in_the_table() -> None:
+    assert {path.name for path in (EXAMPLES / "configs").glob("*.toml")} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configuration_fits_the_world_size_of_its_comment(name: str) -> None:
+    path = EXAMPLES / "configs" / name
+    comment = " ".join(path.read_text().partition("[model]")[0].split())
+    config = load_config(["--config", str(path)] + (DATA if name == "laptop.toml" else []))
+    for phrase, world_size, micro_batches in CONFIGS[name]:
+        assert phrase in comment
+        validate(config, world_size)
+        if micro_batches is not None:
+            assert micro_batches_per_step(config, world_size) == micro_batches
+            assert f"= {micro_batches} micro-batches" in comment
+    assert PARAMETERS[name] in comment
+    number, unit = float(PARAMETERS[name][:-1]), {"M": 1e6, "B": 1e9}[PARAMETERS[name][-1]]
+    assert abs(parameter_count(config.model) / (number * unit) - 1) < 0.05
+
+
+def test_the_command_of_the_laptop_configuration() -> None:
+    text = (EXAMPLES / "configs/laptop.toml").read_text()
+    flags = dict(re.findall(r"(--parallel\.\w+) (\d+)", text.partition("[model]")[0]))
+    config = load_config(["--config", str(EXAMPLES / "configs/laptop.toml"), *DATA, *sum(flags.items(), ())])
+    assert (config.parallel.tp, config.parallel.pp) == (2, 2)
+    validate(config, 4)
+
+
+@pytest.mark.parametrize(("flags", "world_size"), [([], 4), (["--parallel.tp", "1", "--parallel.pp", "1"], 2)])
+def test_quickstart_configuration(flags: list[str], world_size: int) -> None:
+    validate(load_config(["--config", str(EXAMPLES / "quickstart/quickstart.toml"), *DATA, *flags]), world_size)
+
+
+# the job script
+
+
+def sbatch(*argv: str, **environment: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(EXAMPLES / "slurm/train.sbatch"), *argv]
+    return subprocess.run(command, env={"PATH": os.environ["PATH"], **environment}, capture_output=True, text=True, timeout=30)
+
+
+def test_job_script_is_valid_bash() -> None:
+    assert subprocess.run(["bash", "-n", EXAMPLES / "slurm/train.sbatch"]).returncode == 0
+
+
+def test_job_script_without_a_configuration() -> None:
+    result = sbatch()
+    assert result.returncode == 2 and result.stderr.startswith("usage: ")
+
+
+def executable(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def test_job_script_passes_its_arguments_on(tmp_path: Path) -> None:
+    """With stand-ins for SLURM's commands and for python: each word arrives as it was given."""
+    executable(tmp_path / "scontrol", "#!/bin/sh\necho node-a\necho node-b\n")
+    executable(tmp_path / "srun", '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexport SLURM_NODEID=1\nexec "$@"\n')
+    python = executable(tmp_path / "python", '#!/bin/sh\nfor word; do echo "$word"; done\n')
+    job = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_ID": "70001", "SLURM_JOB_NUM_NODES": "2", "PYTHON": str(python)}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = sbatch("a config.toml", "--data.train", '["x", "y z"]', PATH=path, GPUS_PER_NODE="4", **job)
+    assert result.returncode == 0, result.stderr
+    words = result.stdout.splitlines()
+    assert words[-5:] == ["megatron_llama.train", "--config", "a config.toml", "--data.train", '["x", "y z"]']
+    launcher = ["--nnodes=2", "--node-rank=1", "--nproc-per-node=4", "--master-addr=node-a", "--master-port=30001"]
+    assert words[2:7] == launcher and words[:2] == ["-m", "torch.distributed.run"]
+
+
+# the container
+
+
+def test_what_the_dockerfile_copies_is_there() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    sources = [word for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for word in line.split()[:-1]]
+    assert len(sources) > 5 and [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_what_the_dockerfile_installs_is_pinned() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    names = re.search(r"for name in ([\w .-]+);", text)[1].split()
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert [name for name in names if name not in pinned] == []
+
+
+# the quickstart
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_quickstart(tmp_path: Path) -> None:
+    """Short: it learns too little to pass its own check of the held-out loss, which is its last word then."""
+    output = tmp_path / "quickstart"
+    command = [sys.executable, EXAMPLES / "quickstart/quickstart.py", "--steps", "12", "--output", output]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    said = result.stdout[-4000:] + result.stderr[-4000:]
+    assert result.returncode == 0 or "not learned more than token frequencies" in result.stderr.splitlines()[-1], said
+    assert "They agree within 1e-05." in result.stdout
+    assert "a unigram model of the same tokens" in result.stdout
+    for name in ("tokenizer.model", "train.bin", "train.idx", "valid.bin", "valid.idx", "run/metrics.jsonl"):
+        assert (output / name).stat().st_size > 0
+    lines = [json.loads(line) for line in (output / "run-dp2/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
