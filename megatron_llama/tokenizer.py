@@ -1,7 +1,6 @@
-"""Text to token ids and back: a SentencePiece `.model`, the tokenizer of LLaMA 1 and 2 and of those trained by tools/.
+"""Text to token ids and back, with the tokenizer of any LLaMA: SentencePiece, Hugging Face's JSON or tiktoken.
 
-SentencePiece turns a literal `<s>` or `</s>` in a text into ordinary pieces, so a text can never inject a control token; a
-model that defines them as text has no control tokens, and is refused.
+A text can never inject a control token: a literal `<s>` or `</s>` becomes ordinary pieces.
 """
 
 from __future__ import annotations
@@ -9,13 +8,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
-import sentencepiece
+import numpy as np
 
+from megatron_llama.tokenizer_models import WORD_START, TokenizerModel, parse_model
 from parallel.errors import DataError
 
-WORD_START = "\u2581"  # how SentencePiece writes a space inside a piece
+__all__ = ["WORD_START", "Tokenizer", "cut_text"]
+
 LONG_TEXT_CHARACTERS = 16_384  # BPE is super-linear in the length: a longer text is encoded in parts
 PART_CHARACTERS = 8_192
 
@@ -23,24 +25,26 @@ _CUT = re.compile(f"[^ {WORD_START}] (?=.)", re.DOTALL)
 
 
 class Tokenizer:
-    """A SentencePiece model read from `path`.
+    """The tokenizer in the file `path`, whose format is recognised by its content.
 
-    `path` is the file, `sha256` the hex digest of its bytes, `vocab_size` its number of ids; `bos_id` and `eos_id` are
-    the ids of the beginning and the end of a document, which `encode` never adds.
+    `content` is the file, `sha256` the hex digest of its bytes, `kind` the package that reads it (sentencepiece,
+    tokenizers or tiktoken), `vocab_size` the number of ids; `bos_id` and `eos_id` are the ids of the beginning and the
+    end of a document, which `encode` never adds.
 
-    Raises DataError where the file is missing, not a SentencePiece model, or lacks one of the two control tokens.
+    Raises DataError where the file is missing, of no known format, or lacks one of the two control tokens.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        content = _read_model(self.path)
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        self._model = _parse_model(self.path, content)
-        self.vocab_size: int = self._model.vocab_size()
-        self.bos_id: int = self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
+        self.content = _read_model(self.path)
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
+        self._model: TokenizerModel = parse_model(self.path, self.content)
+        self.kind = self._model.kind
+        self.vocab_size = self._model.vocab_size
+        self.bos_id = self._model.bos_id
+        self.eos_id = self._model.eos_id
+        self.cuts_at_spaces = self._model.cuts_at_spaces
         self._check_control_tokens()
-        self.cuts_at_spaces = self._cuts_at_spaces()
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without bos or eos; an empty text has none.
@@ -56,6 +60,12 @@ class Tokenizer:
         """The ids of each text."""
         return [self.encode(text) for text in texts]
 
+    def encode_arrays(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts joined, in `dtype`, which has to hold them, and their number per text, int64."""
+        ids = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum())), lengths
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; control tokens vanish, bytes that are not UTF-8 become U+FFFD.
 
@@ -69,7 +79,7 @@ class Tokenizer:
 
     def piece(self, token: int) -> str:
         """How the vocabulary writes one id, e.g. `▁the` or `<0x0A>`."""
-        return self._model.id_to_piece(token)
+        return self._model.piece(token)
 
     def is_byte(self, token: int) -> bool:
         """Whether the id stands for one raw byte (byte fallback)."""
@@ -77,12 +87,12 @@ class Tokenizer:
 
     def contains(self, piece: str) -> bool:
         """Whether `piece` is an entry of the vocabulary."""
-        return self._model.piece_to_id(piece) != self._model.unk_id()
+        return self._model.piece_id(piece) is not None
 
     def _encode(self, text: str) -> list[int]:
         try:
             return self._model.encode(text)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeError, TypeError) as error:
             surrogate = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
             if surrogate is None:
                 raise
@@ -94,19 +104,6 @@ class Tokenizer:
             if token < 0:  # absent, or not of type CONTROL
                 message = f"the tokenizer has no {name} control token; train one with tools/train_tokenizer.py"
                 raise DataError(f"{self.path}: {message}")
-
-    def _cuts_at_spaces(self) -> bool:
-        """Whether a text may be cut at a space that follows a non-space, the space itself being dropped.
-
-        It may if the model writes every space as the start of a word, re-creates the dropped one as its dummy prefix,
-        changes nothing else, and has no piece in which a word start follows another character: then no merge crosses
-        the cut.
-        """
-        probe = "  a  b \ufb01\u00a0\t "  # U+FB01: a normalising model would write "fi"
-        if self._model.normalize(probe) != WORD_START + probe.replace(" ", WORD_START) or not self.contains(WORD_START):
-            return False
-        pieces = map(self._model.id_to_piece, range(self.vocab_size))
-        return not any(WORD_START in piece.lstrip(WORD_START) for piece in pieces)
 
 
 def cut_text(text: str, part_characters: int) -> Iterator[str]:
@@ -126,17 +123,3 @@ def _read_model(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot read the tokenizer: {error.strerror}") from error
-
-
-def _parse_model(path: Path, content: bytes) -> sentencepiece.SentencePieceProcessor:
-    needed = "needed: a SentencePiece .model file"
-    if not content:
-        raise DataError(f"{path}: the file is empty; {needed}")
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", content):
-        raise DataError(f"{path}: found a tiktoken file (lines of base64 and rank, as LLaMA 3 has); {needed}")
-    if content[:1] in b"{[":
-        raise DataError(f"{path}: found JSON (a Hugging Face tokenizer.json?); {needed}")
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=content)
-    except RuntimeError as error:
-        raise DataError(f"{path}: found {len(content)} bytes that begin with {content[:12]!r}; {needed}") from error

@@ -14,30 +14,32 @@ All integers are little-endian and unaligned. `.idx`:
     (S        modes, int8: only where a dataset holds more than text)
 
 A document of text is one sequence; an empty document is none, and repeats its index. Beside them this project writes
-`PREFIX.json`, which says how the tokens were made; datasets written by others do not have it.
+`PREFIX.json`, which says how the tokens were made; datasets written by others do not have it. Instead of `PREFIX.bin` there
+may be `PREFIX.parts`, see token_files.py.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from megatron_llama.data.atomic import publish, staging_directory
+from megatron_llama.data.token_files import TokenReader, TokenWriter, write_parts
 from parallel.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
-MAX_SEQUENCE_TOKENS = 2**31 - 1  # lengths are int32
+DIRECTORY_PREFIX = "dataset"  # of a dataset that is a directory
 BLOCK_ENTRIES = 1 << 20  # the index is written and validated in blocks of this many entries
 
 
@@ -51,29 +53,44 @@ def dataset_path(prefix: str | Path, suffix: str) -> Path:
     return Path(f"{prefix}{suffix}")
 
 
+def resolve_prefix(prefix: str | Path) -> str:
+    """The prefix of a dataset that may be given as the directory which holds it, as `DIRECTORY/dataset`."""
+    if not dataset_path(prefix, ".idx").exists() and dataset_path(Path(prefix) / DIRECTORY_PREFIX, ".idx").exists():
+        return str(Path(prefix) / DIRECTORY_PREFIX)
+    return str(prefix)
+
+
 class IndexedDatasetWriter:
     """Writes `PREFIX.bin` and `PREFIX.idx`; use it in a `with` block.
 
-    The files appear, `.idx` last, when the block ends without an error, or at `finish`; until then all is written to a
-    temporary directory beside them, which is removed in any case. Memory does not grow with the dataset.
+    The files appear, `.idx` last, when the block ends without an error, or at `finish`; until then all is written to
+    `staging`, or to a temporary directory beside them, which is removed in any case. Memory does not grow with the
+    dataset. With `parts`, files of ids that exist already, (path relative to PREFIX, bytes) each, the writer makes no
+    `.bin` but a `.parts` file that lists them, and takes lengths by `add_lengths` alone.
 
     Raises DataError where the place cannot be written, an id does not fit `dtype`, or a document is longer than
     2^31 - 1 tokens.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        dtype: np.dtype | type,
+        staging: Path | None = None,
+        parts: Sequence[tuple[str, int]] | None = None,
+    ) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.num_tokens = 0
-        self.num_documents = 0
-        self._open_tokens = 0  # tokens of the document that is not ended yet
+        self._staging = staging
+        self._parts = parts
         self._cleanup = ExitStack()
 
     def __enter__(self) -> IndexedDatasetWriter:
         with ExitStack() as stack:
-            self._directory = stack.enter_context(staging_directory(self.prefix))
-            self._bin: BinaryIO = stack.enter_context(open(self._directory / "bin", "wb", buffering=1 << 20))
-            self._lengths: BinaryIO = stack.enter_context(open(self._directory / "lengths", "w+b", buffering=1 << 20))
+            self._directory = self._staging or stack.enter_context(staging_directory(self.prefix))
+            paths = self._directory / "bin", self._directory / "lengths"
+            self._tokens = TokenWriter(self.prefix, *paths, self.dtype)
+            stack.callback(self._tokens.close)
             self._cleanup = stack.pop_all()
         self._finished = False
         return self
@@ -83,80 +100,91 @@ class IndexedDatasetWriter:
             if error_type is None and not self._finished:
                 self.finish()
 
+    @property
+    def num_tokens(self) -> int:
+        return self._tokens.num_tokens
+
+    @property
+    def num_documents(self) -> int:
+        return self._tokens.num_documents
+
     def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
         """Appends one document; an empty one is kept as a document without a sequence."""
-        self.add_documents(ids, np.array([len(ids)]))
+        self._tokens.add_documents(ids, np.array([len(ids)]))
 
     def add_documents(self, ids: Sequence[int] | np.ndarray, lengths: np.ndarray, ends: bool = True) -> None:
         """Appends documents: their ids joined, and the number of ids of each.
 
         With `ends=False` the last one goes on: the first document of the next call is its continuation.
         """
-        ids, lengths = self._fitting(ids), np.array(lengths, np.int64)
-        assert len(lengths) > 0 and lengths.sum() == len(ids), f"lengths {lengths.sum()} of {len(ids)} ids"
-        self._bin.write(ids.tobytes())
-        self.num_tokens += len(ids)
-        lengths[0] += self._open_tokens
-        self._open_tokens = 0
-        if not ends:
-            self._open_tokens, lengths = int(lengths[-1]), lengths[:-1]
-        if lengths.max(initial=self._open_tokens) > MAX_SEQUENCE_TOKENS:
-            raise DataError(f"{self.prefix}: a document of more than {MAX_SEQUENCE_TOKENS} tokens cannot be stored; split it")
-        self._lengths.write(lengths.astype("<i4").tobytes())
-        self.num_documents += len(lengths)
+        self._tokens.add_documents(ids, lengths, ends)
+
+    def append_file(self, path: Path, lengths: np.ndarray, ends: bool = True) -> None:
+        """As `add_documents`, the ids being those in the file `path`, which the kernel copies."""
+        self._tokens.append_file(path, lengths, ends)
+
+    def append_ids(self, path: Path) -> None:
+        """Appends all ids in the file `path`, which the kernel copies; `add_lengths` has to describe them."""
+        self._tokens.append_ids(path)
+
+    def add_lengths(self, lengths: np.ndarray) -> None:
+        """Describes documents whose ids are in `parts`, or come by `append_ids`."""
+        if len(lengths):
+            self._tokens.add_lengths(np.array(lengths, np.int64), ends=True)
+
+    def length_histogram(self) -> list[int]:
+        """How many documents have a length in [2^k, 2^(k + 1)) tokens, per k up to the longest; empty ones do not count."""
+        counts = np.zeros(32, np.int64)
+        for block in self._tokens.lengths(BLOCK_ENTRIES):
+            counts += np.bincount(np.log2(block[block > 0]).astype(np.int64), minlength=32)
+        return np.trim_zeros(counts, "b").tolist()
 
     def finish(self, sidecar: dict[str, Any] | None = None) -> None:
         """Publishes the files, and `sidecar` as `PREFIX.json`."""
-        assert self._open_tokens == 0, "the last document was not ended"
-        self._bin.close()
-        self._write_index(self._directory / "idx")
-        moves = [(self._directory / "bin", dataset_path(self.prefix, ".bin"))]
+        assert not self._tokens.is_open, "the last document was not ended"
+        blocks = functools.partial(self._tokens.lengths, BLOCK_ENTRIES)
+        write_index(self._directory / "idx", self.dtype, self.num_documents, blocks)
+        self._tokens.close()
+        staged, unused = ("bin", "parts") if self._parts is None else ("parts", "bin")
+        if self._parts is not None:
+            write_parts(self._directory / "parts", self._parts)
+        moves = [(self._directory / staged, dataset_path(self.prefix, f".{staged}"))]
         sidecar_path = dataset_path(self.prefix, ".json")
+        stale = [dataset_path(self.prefix, f".{unused}")]
         if sidecar is None:
-            sidecar_path.unlink(missing_ok=True)  # it would describe other tokens
+            stale.append(sidecar_path)  # it would describe other tokens
         else:
             (self._directory / "json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
             moves.append((self._directory / "json", sidecar_path))
-        publish([*moves, (self._directory / "idx", dataset_path(self.prefix, ".idx"))])
+        publish([*moves, (self._directory / "idx", dataset_path(self.prefix, ".idx"))], stale)
         self._finished = True
 
-    def _fitting(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        ids = np.asarray(ids)
-        if len(ids) and ids.dtype != self.dtype:
-            low, high = np.iinfo(self.dtype).min, np.iinfo(self.dtype).max
-            outside = ids[(ids < low) | (ids > high)]
-            if len(outside):
-                raise DataError(f"{self.prefix}: token id {outside[0]} does not fit {self.dtype}")
-        return ids.astype(self.dtype, copy=False)
 
-    def _document_lengths(self) -> Iterator[np.ndarray]:
-        self._lengths.seek(0)
-        while block := self._lengths.read(4 * BLOCK_ENTRIES):
-            yield np.frombuffer(block, "<i4").astype(np.int64)
-
-    def _write_index(self, path: Path) -> None:
-        num_sequences = sum(int(np.count_nonzero(block)) for block in self._document_lengths())
-        code = next(code for code, kind in DTYPES.items() if np.dtype(kind) == self.dtype)
-        with open(path, "wb", buffering=1 << 20) as file:
-            file.write(HEADER.pack(MAGIC, VERSION, code, num_sequences, self.num_documents + 1))
-            for block in self._document_lengths():
-                file.write(block[block > 0].astype("<i4").tobytes())
-            position_bytes = 0
-            for block in self._document_lengths():
-                ends = position_bytes + np.cumsum(block * self.dtype.itemsize)
-                file.write((ends - block * self.dtype.itemsize)[block > 0].astype("<i8").tobytes())
-                position_bytes = int(ends[-1])
-            file.write(np.zeros(1, "<i8").tobytes())
-            sequences = 0
-            for block in self._document_lengths():
-                ends = sequences + np.cumsum(block > 0)
-                file.write(ends.astype("<i8").tobytes())
-                sequences = int(ends[-1])
+def write_index(path: Path, dtype: np.dtype, num_documents: int, length_blocks: Callable[[], Iterable[np.ndarray]]) -> None:
+    """Writes an index from the lengths of all documents, int64, in blocks, which are asked for several times."""
+    num_sequences = sum(int(np.count_nonzero(block)) for block in length_blocks())
+    code = next(code for code, kind in DTYPES.items() if np.dtype(kind) == dtype)
+    with open(path, "wb", buffering=1 << 20) as file:
+        file.write(HEADER.pack(MAGIC, VERSION, code, num_sequences, num_documents + 1))
+        for block in length_blocks():
+            file.write(block[block > 0].astype("<i4").tobytes())
+        position_bytes = 0
+        for block in length_blocks():
+            ends = position_bytes + np.cumsum(block * dtype.itemsize)
+            file.write((ends - block * dtype.itemsize)[block > 0].astype("<i8").tobytes())
+            position_bytes = int(ends[-1])
+        file.write(np.zeros(1, "<i8").tobytes())
+        sequences = 0
+        for block in length_blocks():
+            ends = sequences + np.cumsum(block > 0)
+            file.write(ends.astype("<i8").tobytes())
+            sequences = int(ends[-1])
 
 
 class IndexedDataset:
-    """Reads `PREFIX.bin` through `PREFIX.idx`, both checked completely when opened, without loading them.
+    """Reads `PREFIX.bin`, or the files that `PREFIX.parts` lists, through `PREFIX.idx`.
 
+    All are checked completely when opened, without loading them. `prefix` may be a directory that holds `dataset.idx`.
     `sequence_lengths` (int32 [S], in tokens) and `document_indices` (int64 [documents + 1]) are views of the file.
 
     Raises DataError, naming the file and what is wrong with it, where a file is missing, truncated, foreign or
@@ -164,9 +192,8 @@ class IndexedDataset:
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        self.prefix = str(prefix)
-        self.bin_path = dataset_path(prefix, ".bin")
-        self.index_path = dataset_path(prefix, ".idx")
+        self.prefix = resolve_prefix(prefix)
+        self.index_path = dataset_path(self.prefix, ".idx")
         index = _map_index(self.index_path, self.prefix)
         self.dtype, num_sequences, document_entries = _parse_header(self.index_path, index)
         offset = HEADER.size
@@ -178,7 +205,8 @@ class IndexedDataset:
         _check_modes(self.index_path, index, offset + 8 * document_entries)
         self.num_tokens = self._check_sequences()
         self._check_documents()
-        self._bin = self._open_bin()
+        self._tokens = TokenReader(self.prefix, self.num_tokens * self.dtype.itemsize)
+        self.bin_path = self._tokens.path
 
     @property
     def num_sequences(self) -> int:
@@ -198,13 +226,7 @@ class IndexedDataset:
     def read_raw(self, start_token: int, count: int) -> np.ndarray:
         """As `read`, in the dtype of the file."""
         assert 0 <= start_token and 0 <= count and start_token + count <= self.num_tokens, (start_token, count)
-        wanted, position = count * self.dtype.itemsize, start_token * self.dtype.itemsize
-        content = os.pread(self._bin.fileno(), wanted, position)
-        while len(content) < wanted:  # a read may stop early, at 2 GiB or at a signal
-            more = os.pread(self._bin.fileno(), wanted - len(content), position + len(content))
-            if not more:
-                raise DataError(f"{self.bin_path}: became shorter while in use: no byte at {position + len(content)}")
-            content += more
+        content = self._tokens.read(start_token * self.dtype.itemsize, count * self.dtype.itemsize)
         return np.frombuffer(content, self.dtype)
 
     def document(self, number: int) -> np.ndarray:
@@ -216,6 +238,10 @@ class IndexedDataset:
             return np.zeros(0, np.int64)
         start_token = int(self._positions[first]) // self.dtype.itemsize
         return self.read(start_token, int(self.sequence_lengths[first:end].sum(dtype=np.int64)))
+
+    def sequence_starts(self, numbers: np.ndarray) -> np.ndarray:
+        """The first token of each of some sequences, int64."""
+        return self._positions[numbers] // self.dtype.itemsize
 
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint stores to recognise the dataset, whatever its path: sizes, and checksums of samples."""
@@ -265,20 +291,6 @@ class IndexedDataset:
             if wrong.any():
                 raise DataError(f"{self.index_path}: document {start + int(np.argmax(wrong))} ends before it begins")
 
-    def _open_bin(self) -> BinaryIO:
-        try:
-            file = open(self.bin_path, "rb", buffering=0)
-        except OSError as error:
-            raise DataError(f"{self.bin_path}: cannot be read: {error.strerror}; {self.index_path} needs it") from error
-        found, needed = os.fstat(file.fileno()).st_size, self.num_tokens * self.dtype.itemsize
-        if found != needed:
-            file.close()
-            raise DataError(
-                f"{self.bin_path}: found {found} bytes; {self.index_path.name} describes {self.num_tokens} tokens of "
-                f"{self.dtype}, {needed} bytes: the file is {'truncated' if found < needed else 'of another index'}"
-            )
-        return file
-
 
 def _map_index(path: Path, prefix: str) -> np.ndarray:
     try:
@@ -306,9 +318,9 @@ def _parse_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int, int]:
         raise DataError(f"{path}: not an index: begins with {magic!r}, needed {MAGIC!r}")
     if version != VERSION:
         raise DataError(f"{path}: index version {version}, needed {VERSION}")
-    if code not in DTYPES or np.dtype(DTYPES[code]).kind == "f":
-        known = ", ".join(f"{number} {np.dtype(kind)}" for number, kind in DTYPES.items() if np.dtype(kind).kind != "f")
-        raise DataError(f"{path}: dtype code {code} is not one of token ids ({known})")
+    if code not in DTYPES:
+        known = ", ".join(f"{number} {np.dtype(kind)}" for number, kind in DTYPES.items())
+        raise DataError(f"{path}: dtype code {code} is not one of the format ({known})")
     needed = HEADER.size + 12 * num_sequences + 8 * document_entries
     if document_entries < 1 or len(index) not in (needed, needed + num_sequences):
         raise DataError(

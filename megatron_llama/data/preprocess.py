@@ -1,215 +1,206 @@
-"""Text to an indexed dataset, with several workers, in bounded memory.
+"""Text to an indexed dataset, with several workers, in bounded memory, resumable after any kill.
 
-The inputs are cut into pieces of about 1 MB; workers turn a piece into token ids; this process writes them in the order of
-the inputs, so the output is the same for any number of workers. A few pieces per worker are under way at a time.
+The inputs are cut into pieces, which do not depend on the number of workers; each becomes a part of its own on disk
+(parts.py), written by one worker (encoding.py). At the end the kernel joins the parts in the order of the inputs, or they
+are left as they are. This process does no work per document.
 """
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from megatron_llama.data.indexed import IndexedDatasetWriter, best_dtype
-from megatron_llama.data.text import LineError, Piece, line_error, list_pieces, read_piece
+from megatron_llama.data.atomic import link_file, publish, publish_directory
+from megatron_llama.data.encoding import Encoder, Settings, too_many_errors
+from megatron_llama.data.fast_encoding import choose_engine
+from megatron_llama.data.indexed import DIRECTORY_PREFIX, IndexedDatasetWriter, best_dtype, write_index
+from megatron_llama.data.inputs import Piece, choose_piece_bytes, cut, expand_inputs, group, stat_inputs
+from megatron_llama.data.parts import Counts, Part, bin_path, find_part, lengths_path, numbered_errors, part_key, work_directory
+from megatron_llama.data.text import first_documents
+from megatron_llama.data.workers import Progress, run_tasks
 from megatron_llama.tokenizer import Tokenizer
 from parallel.errors import DataError
 
-PIECE_BYTES = 1 << 20
-TASKS_PER_WORKER = 3  # submitted ahead, so that no worker waits for the writer
+__all__ = ["Settings", "Summary", "preprocess"]
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How documents become token ids."""
-
-    tokenizer_path: str
-    json_key: str = "text"  # of jsonl: which value is the text
-    append_bos: bool = False  # before each document
-    append_eos: bool = False  # after each document
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The documents of one piece."""
-
-    piece: Piece
-    ids: np.ndarray  # all documents joined, dtype of the dataset
-    lengths: np.ndarray  # of each document in tokens, int64
-    num_lines: int
-    text_bytes: int
-    error: LineError | None  # the piece ends before it
+Task = tuple[str, tuple[Piece, ...]]  # the key of a part, and its input
 
 
 @dataclass
-class Summary:
-    """What was written: counts, and the largest id; text_bytes counts UTF-8 without JSON."""
+class Summary(Counts):
+    """What was written, held-out documents apart, in `valid`; `resumed_parts` were found finished.
 
-    documents: int = 0
-    empty_documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    max_token_id: int = 0
+    `engine_note` says which engine made the ids and why.
+    """
 
-
-class Encoder:
-    """Turns pieces of text into token ids."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.tokenizer = Tokenizer(settings.tokenizer_path)
-        self.dtype = best_dtype(self.tokenizer.vocab_size)
-
-    def encode_piece(self, piece: Piece) -> Encoded:
-        """The ids of a piece's documents; an empty document has none, not even bos or eos, as in Megatron."""
-        parts, lengths, num_lines, text_bytes, error = [], [], 0, 0, None
-        for text in read_piece(piece, self.settings.json_key):
-            num_lines += 1
-            if isinstance(text, LineError):
-                error = text
-            elif text is not None:
-                parts.append(self._encode_document(text, piece))
-                lengths.append(len(parts[-1]))
-                space_before = bool(text) and not piece.starts_document  # dropped where the document was cut
-                text_bytes += len(text.encode()) + space_before
-        ids = np.concatenate(parts) if parts else np.zeros(0, self.dtype)
-        return Encoded(piece, ids, np.array(lengths, np.int64), num_lines, text_bytes, error)
-
-    def _encode_document(self, text: str, piece: Piece) -> np.ndarray:
-        ids = self.tokenizer.encode(text)
-        bos = self.settings.append_bos and piece.starts_document and bool(ids)
-        # the last part of a long document may be empty, the document is not
-        eos = self.settings.append_eos and piece.ends_document and (bool(ids) or not piece.starts_document)
-        return np.array([self.tokenizer.bos_id] * bos + ids + [self.tokenizer.eos_id] * eos, self.dtype)
+    valid: Counts | None = None
+    skipped_lines: int = 0
+    parts: int = 0
+    resumed_parts: int = 0
+    engine_note: str = ""
 
 
 def preprocess(
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     prefix: str | Path,
     settings: Settings,
     workers: int = 1,
     documents: str = "files",
-    progress: Callable[[int, int], None] | None = None,
-    piece_bytes: int = PIECE_BYTES,
+    progress: Progress | None = None,
+    piece_bytes: int | None = None,
+    keep_parts: bool = False,
 ) -> Summary:
-    """Writes `PREFIX.bin`, `PREFIX.idx` and `PREFIX.json` from jsonl and text files.
+    """Writes `PREFIX.bin`, `PREFIX.idx` and `PREFIX.json` from jsonl, parquet and text files, directories and patterns.
 
     `documents` says whether a text file is one document (`files`) or one a line (`lines`); `progress` is called with the
-    bytes read and the tokens made since the last call. Nothing appears at `prefix` before all is done.
+    bytes read and the tokens made since the last call. Held-out documents go to `PREFIX-valid`, skipped lines to
+    `PREFIX.errors.jsonl`. With `keep_parts` the parts are not joined: `PREFIX` becomes a directory, which is a dataset
+    too. Nothing appears at `prefix` before all is done; what is finished is kept in `PREFIX.partial` and found again by
+    the next call. The bytes are the same for any number of workers, resumed or not.
 
     Raises DataError for an input, a line or a tokenizer that is at fault, or where no text was found.
     """
     tokenizer = Tokenizer(settings.tokenizer_path)
-    pieces = functools.partial(list_pieces, inputs, documents, piece_bytes, tokenizer.cuts_at_spaces)
-    for _ in pieces():  # a missing input is found now rather than after hours
-        pass
-    summary = Summary()
-    with IndexedDatasetWriter(prefix, best_dtype(tokenizer.vocab_size)) as writer:
-        lines_before = 0  # of the current file
-        for encoded in _encode_all(_tasks(pieces(), piece_bytes), settings, workers):
-            piece = encoded.piece
-            lines_before = 0 if piece.start == 0 else lines_before
-            if encoded.error is not None:
-                raise line_error(piece.path, encoded.error, encoded.error.line and lines_before + encoded.error.line)
-            lines_before += encoded.num_lines
-            _write(writer, encoded, summary)
-            if progress is not None:
-                progress(piece.end - piece.start, len(encoded.ids))
-        if summary.tokens == 0:
-            raise DataError(f"{', '.join(map(str, inputs[:4]))}: found no text in {len(inputs)} inputs: nothing to write")
-        writer.finish(_sidecar(tokenizer, settings, summary))
+    files = stat_inputs(expand_inputs(inputs), documents)  # a missing input is found now rather than after hours
+    sample = functools.partial(first_documents, files, settings.json_key, tokenizer.cuts_at_spaces)
+    engine, engine_note = choose_engine(tokenizer, settings.engine, sample)
+    settings = replace(settings, engine=engine)
+    tasks = _plan(files, settings, tokenizer, piece_bytes, keep_parts)
+    prefix = Path(prefix)
+    with work_directory(prefix, {key for key, _ in tasks}) as directory:
+        parts, resumed = _encode_all(tasks, directory, settings, workers, progress or (lambda read, tokens: None))
+        summary = _summarize(tasks, parts, resumed, settings.valid_fraction)
+        if summary.tokens + (summary.valid.tokens if summary.valid else 0) == 0:
+            shutil.rmtree(directory)
+            raise DataError(f"{', '.join(map(str, inputs[:4]))}: found no text in {len(files)} files: nothing to write")
+        _publish_errors(prefix, directory, [(parts[key], pieces) for key, pieces in tasks], summary.skipped_lines)
+        in_order = [parts[key] for key, _ in tasks]
+        for split, counts in (("valid", summary.valid), ("train", summary)):
+            if counts is not None:
+                target = prefix if split == "train" else Path(f"{prefix}-valid")
+                sidecar = functools.partial(_sidecar, tokenizer, settings, counts)
+                _write(target, directory, in_order, split, best_dtype(tokenizer.vocab_size), sidecar, keep_parts)
+        shutil.rmtree(directory)
+    summary.engine_note = engine_note
     return summary
 
 
-def _write(writer: IndexedDatasetWriter, encoded: Encoded, summary: Summary) -> None:
-    before = writer.num_documents
-    if len(encoded.lengths):
-        writer.add_documents(encoded.ids, encoded.lengths, ends=encoded.piece.ends_document)
-    whole_documents = encoded.piece.starts_document and encoded.piece.ends_document
-    summary.empty_documents += int(np.count_nonzero(encoded.lengths == 0)) if whole_documents else 0
-    summary.documents += writer.num_documents - before
-    summary.tokens += len(encoded.ids)
-    summary.text_bytes += encoded.text_bytes
-    summary.max_token_id = max(summary.max_token_id, int(encoded.ids.max(initial=0)))
+def _plan(
+    files: Sequence[Piece], settings: Settings, tokenizer: Tokenizer, piece_bytes: int | None, keep_parts: bool
+) -> list[Task]:
+    """The parts to be made, in the order of the inputs.
+
+    A text file is one part where its document has to stay whole: in a part that is kept, or for a hash of all of it.
+    """
+    piece_bytes = piece_bytes or choose_piece_bytes(sum(file.file_bytes for file in files))
+    cut_files = tokenizer.cuts_at_spaces and not keep_parts and not settings.valid_fraction
+    identity = settings.identity(tokenizer)
+    pieces = (piece for file in files for piece in cut(file, piece_bytes, cut_files))
+    return [(part_key(together, identity), together) for together in group(pieces, piece_bytes)]
 
 
-def _sidecar(tokenizer: Tokenizer, settings: Settings, summary: Summary) -> dict[str, object]:
+def _encode_all(
+    tasks: Sequence[Task], directory: Path, settings: Settings, workers: int, progress: Progress
+) -> tuple[dict[str, Part], int]:
+    """All parts by key, and how many were found finished. Stops where the bad lines of all parts are too many."""
+    unique = dict(tasks)  # a file that is given twice is encoded once
+    parts: dict[str, Part] = {}
+    resumed = errors = 0
+    start = functools.partial(EncodingWorker, settings, directory)
+    for key, (part, was_found) in run_tasks(list(unique.items()), start, min(workers, len(unique)), progress):
+        parts[key] = part
+        resumed += was_found
+        errors += part.errors
+        if errors > settings.max_errors:
+            raise too_many_errors(errors, settings.max_errors)
+    return parts, resumed
+
+
+class EncodingWorker:
+    """Makes parts, in this process or in another one, or finds them finished."""
+
+    def __init__(self, settings: Settings, directory: Path) -> None:
+        self._encoder = Encoder(settings)
+        self._directory = directory
+
+    def __call__(self, task: Task, progress: Progress) -> tuple[Part, bool]:
+        key, pieces = task
+        part = find_part(self._directory, key)
+        if part is not None:
+            progress(sum(piece.end - piece.start for piece in pieces), part.train.tokens + part.valid.tokens)
+            return part, True
+        return self._encoder.encode_part(pieces, key, self._directory, progress), False
+
+
+def _summarize(tasks: Sequence[Task], parts: dict[str, Part], resumed: int, valid_fraction: float) -> Summary:
+    summary = Summary(valid=Counts() if valid_fraction else None, parts=len(tasks), resumed_parts=resumed)
+    for key, _ in tasks:
+        summary.add(parts[key].train)
+        if summary.valid is not None:
+            summary.valid.add(parts[key].valid)
+        summary.skipped_lines += parts[key].errors
+    return summary
+
+
+def _sidecar(tokenizer: Tokenizer, settings: Settings, counts: Counts, histogram: list[int]) -> dict[str, object]:
     return {
         "tokenizer": tokenizer.path.name,
         "tokenizer_sha256": tokenizer.sha256,
+        "engine": settings.engine,
         "vocab_size": tokenizer.vocab_size,
-        "max_token_id": summary.max_token_id,
+        "max_token_id": counts.max_token_id,
         "append_bos": settings.append_bos,
         "append_eos": settings.append_eos,
-        "documents": summary.documents,
-        "empty_documents": summary.empty_documents,
-        "tokens": summary.tokens,
-        "text_bytes": summary.text_bytes,
+        "documents": counts.documents,
+        "empty_documents": counts.empty_documents,
+        "tokens": counts.tokens,
+        "text_bytes": counts.text_bytes,
+        "bytes_per_token": round(counts.text_bytes / max(counts.tokens, 1), 4),
+        "length_histogram": histogram,
     }
 
 
-def _tasks(pieces: Iterable[Piece], task_bytes: int) -> Iterator[tuple[Piece, ...]]:
-    """Consecutive pieces, small ones together, so that thousands of small files cost no round trip each."""
-    task: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        if task and size + piece.end - piece.start > task_bytes:
-            yield tuple(task)
-            task, size = [], 0
-        task.append(piece)
-        size += piece.end - piece.start
-    if task:
-        yield tuple(task)
-
-
-def _encode_all(tasks: Iterable[tuple[Piece, ...]], settings: Settings, workers: int) -> Iterator[Encoded]:
-    """The pieces of all tasks in order, encoded here with one worker, else by that many processes."""
-    if workers == 1:
-        encoder = Encoder(settings)
-        for task in tasks:
-            yield from map(encoder.encode_piece, task)
+def _write(
+    prefix: Path, work: Path, parts: Sequence[Part], split: str, dtype: np.dtype, sidecar: Callable, keep_parts: bool
+) -> None:
+    """Joins the parts to one dataset, or makes a directory of them."""
+    staging = work / f"joined-{split}"
+    staging.mkdir(exist_ok=True)
+    if not keep_parts:
+        with IndexedDatasetWriter(prefix, dtype, staging) as writer:
+            for part in parts:
+                lengths = np.fromfile(lengths_path(work, part.key, split), "<i4")
+                writer.append_file(bin_path(work, part.key, split), lengths, part.ends)
+            writer.finish(sidecar(writer.length_histogram()))
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    under_way: deque = deque()
-    try:
-        for task in tasks:
-            under_way.append(pool.submit(_encode_task, settings, task))
-            if len(under_way) >= workers * TASKS_PER_WORKER:
-                yield from under_way.popleft().result()
-        while under_way:
-            yield from under_way.popleft().result()
-    except BrokenProcessPool as error:
-        message = "a worker process ended unexpectedly, perhaps killed for lack of memory: use fewer --workers"
-        raise DataError(message) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    listed = [(f"part-{number:05d}.bin", part.sizes[split]) for number, part in enumerate(parts)]
+    made = staging / "dataset"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    with IndexedDatasetWriter(made / DIRECTORY_PREFIX, dtype, staging, listed) as writer:
+        for part, (name, _) in zip(parts, listed, strict=True):
+            lengths = np.fromfile(lengths_path(work, part.key, split), "<i4").astype(np.int64)
+            link_file(bin_path(work, part.key, split), made / name)
+            write_index(
+                (made / name).with_suffix(".idx"), dtype, len(lengths), lambda lengths=lengths: [lengths][: len(lengths)]
+            )
+            writer.add_lengths(lengths)
+        writer.finish(sidecar(writer.length_histogram()))
+    publish_directory(made, prefix)
 
 
-@functools.lru_cache(maxsize=1)
-def _encoder(settings: Settings) -> Encoder:
-    return Encoder(settings)
-
-
-def _encode_task(settings: Settings, task: tuple[Piece, ...]) -> list[Encoded]:
-    return list(map(_encoder(settings).encode_piece, task))
-
-
-def _start_worker() -> None:
-    """The writer decides when workers end: not Ctrl-C, which reaches them too, and not later than the writer itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def _publish_errors(prefix: Path, work: Path, parts: Sequence[tuple[Part, Sequence[Piece]]], count: int) -> None:
+    path, staged = Path(f"{prefix}.errors.jsonl"), work / "errors"
+    if not count:
+        path.unlink(missing_ok=True)  # of an older run
+        return
+    with open(staged, "w", encoding="utf-8") as file:
+        for error in numbered_errors(work, parts):
+            file.write(json.dumps(error, ensure_ascii=False) + "\n")
+    publish([(staged, path)])

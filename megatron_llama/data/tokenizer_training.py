@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 
 from megatron_llama.data.atomic import publish, staging_directory
+from megatron_llama.data.inputs import Piece
 from megatron_llama.tokenizer import WORD_START, Tokenizer
 from parallel.errors import ConfigError, DataError
 
@@ -41,6 +43,21 @@ LLAMA_SETTINGS = {
     "pad_id": -1,
     "unk_surface": " \u2047 ",
 }
+
+
+def choose_pieces(paths: Sequence[Path], sample_bytes: int, seed: int = 1) -> Callable[[Piece], bool]:
+    """Which pieces of 1 MiB to read so that about `sample_bytes` are: spread at random over all files, the same each time.
+
+    A packed file or one of parquet is read whole or not at all.
+    """
+    total_bytes = sum(path.stat().st_size for path in paths if path.is_file())
+    share = min(1.0, sample_bytes / max(total_bytes, 1))
+
+    def choose(piece: Piece) -> bool:
+        name = f"{seed}\0{piece.path}\0{piece.start}".encode("utf-8", "surrogateescape")
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") < share * 2**64
+
+    return choose
 
 
 @dataclass(frozen=True)

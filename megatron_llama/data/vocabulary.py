@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_llama.data.indexed import IndexedDataset, dataset_path
+from megatron_llama.data.indexed import IndexedDataset, dataset_path, resolve_prefix
 from parallel.errors import DataError
 
 WHOLE_SCAN_BYTES = 1 << 30  # a file up to this size is scanned completely
@@ -20,7 +20,7 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
 
     Raises DataError where the file is not a JSON object.
     """
-    path = dataset_path(prefix, ".json")
+    path = dataset_path(resolve_prefix(prefix), ".json")
     try:
         sidecar = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -135,8 +135,8 @@ def test_decode_refuses_foreign_ids(tokenizer, token):
     ("content", "found"),
     [
         (b"", "the file is empty"),
-        (b"IQ== 0\nIg== 1\nIw== 2\n", "tiktoken"),
-        (b'{"version": "1.0"}', "JSON"),
+        (b"IQ== 0\nIg== 1\nIw== 2\n", "3 different pieces"),
+        (b'{"version": "1.0"}', "JSON that is no tokenizer.json"),
         (b"hello world", "begin with b'hello world'"),
         (train()[:5000], "5000 bytes"),
     ],
@@ -147,7 +147,7 @@ def test_foreign_files_are_named(tmp_path, content, found):
     path.write_bytes(content)
     with pytest.raises(DataError) as error:
         Tokenizer(path)
-    assert str(path) in str(error.value) and found in str(error.value) and "SentencePiece .model" in str(error.value)
+    assert str(path) in str(error.value) and found in str(error.value)
 
 
 def test_missing_file(tmp_path):

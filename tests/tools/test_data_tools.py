@@ -52,6 +52,7 @@ def test_from_text_to_dataset(tmp_path):
     code, output, errors = run("train_tokenizer", *inputs, "--output", tmp_path / "out" / "t", "--vocab-size", 600)
     assert (code, errors) == (0, "")
     assert "600 pieces" in output and re.search(r"\d\.\d{3} bytes a token, 9\d\.\d{3} % of the characters", output)
+    assert len(re.findall(r"^ +\d\.\d{3} +9\d\.\d{3}  .*(c.jsonl|notes.rst)$", output, re.MULTILINE)) == 2
     assert (tmp_path / "out" / "t.vocab").exists()
     tokenizer = Tokenizer(tmp_path / "out" / "t.model")
 
@@ -118,23 +119,63 @@ def test_inspect_says_when_the_tokenizer_is_another(model, tmp_path):
     assert code == 0 and "warning    made with another tokenizer" in output
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_terminated_run_leaves_nothing(model, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "sent"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGKILL)])
+def test_a_stopped_run_goes_on(model, tmp_path, workers, sent):
     corpus = tmp_path / "c.jsonl"
-    corpus.write_text((json.dumps({"text": TEXT[:50000]}) + "\n") * 2000)  # far more than the test's time
-    arguments = ("--input", corpus, "--output-prefix", tmp_path / "d", "--tokenizer-model", model, "--workers", workers)
-    process = start("preprocess_data", *arguments)
+    corpus.write_text((json.dumps({"text": TEXT[:50000]}) + "\n") * 100)  # 5 parts
+    options = ("--engine", "sentencepiece", "--workers", workers)  # not too fast
+    arguments = ("--input", corpus, "--tokenizer-model", model, *options, "--output-prefix")
+    process = start("preprocess_data", *arguments, tmp_path / "d")
     deadline = time.monotonic() + 30
-    while len(list(tmp_path.iterdir())) == 1 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert [path.suffix for path in tmp_path.iterdir() if path != corpus] == [".partial"]
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert list(tmp_path.iterdir()) == [corpus]
+    while not list(tmp_path.glob("d.partial/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=30)
+    if sent == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert re.fullmatch(r"note: \d finished parts are kept in .*d.partial; the same command goes on from there\n", errors)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "d.partial"]
+    deadline = time.monotonic() + 30
+    while (again := run("preprocess_data", *arguments, tmp_path / "d"))[0] == 2 and time.monotonic() < deadline:
+        assert "another run is writing there" in again[2]  # killed workers take a moment to end
+    assert again[0] == 0 and re.search(r"; [1-5] of 5 parts were finished before", again[1])
+    assert run("preprocess_data", *arguments, tmp_path / "e")[0] == 0
+    for suffix in (".bin", ".idx", ".json"):
+        assert Path(f"{tmp_path}/d{suffix}").read_bytes() == Path(f"{tmp_path}/e{suffix}").read_bytes()
+    assert not (tmp_path / "d.partial").exists()
 
 
-@pytest.mark.parametrize("tool", ["train_tokenizer", "preprocess_data", "inspect_dataset"])
+def test_merge_verify_and_export(model, tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.jsonl").write_text((json.dumps({"text": TEXT[number : number + 999]}) + "\n") * 3)
+        options = ("--output-prefix", tmp_path / f"d{number}", "--tokenizer-model", model, "--engine", "sentencepiece")
+        assert run("preprocess_data", "--input", tmp_path / f"{number}.jsonl", *options)[0] == 0
+    code, output, errors = run("merge_datasets", tmp_path / "d0", tmp_path / "d1", "--output-prefix", tmp_path / "all")
+    assert (code, errors) == (0, "") and output.endswith(" tokens of 2 datasets\n")
+    text = ("--input", tmp_path / "0.jsonl", f"{tmp_path}/[1].jsonl")
+    code, output, errors = run("verify_dataset", tmp_path / "all", "--tokenizer-model", model, *text)
+    assert (code, errors) == (0, "") and "6 documents tokenised again: their ids are equal" in output
+    code, output, errors = run("verify_dataset", tmp_path / "all", "--vocab-size", 300)
+    assert code == 2 and "outside the vocabulary of 300" in errors and errors.count("\n") == 1
+    code, output, _ = run("export_tokenizer", model, "--output", tmp_path / "hf")
+    assert code == 0 and len(output.splitlines()) == 4 and (tmp_path / "hf" / "tokenizer.json").exists()
+
+
+def test_bad_lines_and_held_out_documents(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "c.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(400)) + "{\n")
+    options = ("--tokenizer-model", model, "--on-error", "skip", "--valid-fraction", 0.25, "--keep-parts")
+    code, output, errors = run("preprocess_data", "--input", tmp_path / "in", "--output-prefix", tmp_path / "d", *options)
+    assert (code, errors) == (0, "")
+    assert f"{tmp_path}/d.errors.jsonl: 1 bad lines left out" in output and f"{tmp_path}/d-valid: " in output
+    assert json.loads((tmp_path / "d.errors.jsonl").read_text())["line"] == 401
+    assert run("inspect_dataset", tmp_path / "d-valid", "--tokenizer-model", model)[0] == 0
+
+
+TOOLS = ("train_tokenizer", "preprocess_data", "inspect_dataset", "merge_datasets", "verify_dataset", "export_tokenizer")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
 def test_a_project_that_is_not_installed_is_said_so(tool):
     code, _, errors = run(tool, interpreter=("-I", "-S"))  # no installed package is visible
     assert code != 0 and errors.startswith("error: No module named") and "pip install -e ." in errors

@@ -1,4 +1,3 @@
-import json
 from fractions import Fraction
 
 import numpy as np
@@ -91,7 +90,7 @@ def test_without_weights_one_pass_sees_every_window_once(prefixes):
     first = blend.samples(np.arange(60))[:, 0]
     assert sorted(first.tolist()) == [*range(0, 400, 10), *range(1000, 1200, 10)]
     assert first.tolist() != sorted(first.tolist())
-    assert blend.epochs(90) == [1.5, 1.5]
+    assert blend.tokens_read(90) == [600, 300]
 
 
 def test_samples_are_a_pure_function(prefixes):
@@ -129,13 +128,3 @@ def test_ids_beyond_the_vocabulary_are_found_when_read(tmp_path):
     blend.samples(np.array([0, 1]))
     with pytest.raises(DataError, match="token id 77 at position 25 is outside the vocabulary of 77"):
         blend.samples(np.array([0, 2]))
-
-
-def test_fingerprint_is_what_the_order_depends_on(prefixes):
-    def fingerprint(weights=(0.5, 0.5), seed=1, sequence_length=10, order=(0, 1)):
-        entries = [(prefixes[number], weight) for number, weight in zip(order, weights, strict=True)]
-        return json.dumps(build_blend(entries, sequence_length, seed, 2000).fingerprint())
-
-    assert fingerprint() == fingerprint(weights=(50, 50))
-    changed = [fingerprint(weights=(0.6, 0.4)), fingerprint(seed=2), fingerprint(sequence_length=9), fingerprint(order=(1, 0))]
-    assert fingerprint() not in changed and len(set(changed)) == 4

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_llama.data import indexed
+from megatron_llama.data import indexed, token_files
 from megatron_llama.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
 from parallel.errors import DataError
 
@@ -131,7 +131,7 @@ def test_ids_that_do_not_fit_are_refused(tmp_path, dtype, token):
 
 
 def test_a_document_too_long_for_the_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "MAX_SEQUENCE_TOKENS", 10)
+    monkeypatch.setattr(token_files, "MAX_SEQUENCE_TOKENS", 10)
     with pytest.raises(DataError, match="more than 10 tokens"), IndexedDatasetWriter(tmp_path / "d", np.uint16) as writer:
         writer.add_documents([1] * 6, np.array([6]), ends=False)
         writer.add_documents([1] * 6, np.array([6]), ends=False)
@@ -149,7 +149,7 @@ DAMAGE = {
     "magic": (lambda p: patch(f"{p}.idx", 0, b"X"), ".idx", "begins with"),
     "version": (lambda p: patch(f"{p}.idx", 9, struct.pack("<Q", 2)), ".idx", "version 2"),
     "dtype": (lambda p: patch(f"{p}.idx", 17, b"\x09"), ".idx", "dtype code 9"),
-    "float": (lambda p: patch(f"{p}.idx", 17, b"\x07"), ".idx", "dtype code 7"),
+    "float": (lambda p: patch(f"{p}.idx", 17, b"\x07"), ".idx", "sequence 1 is said to begin at byte 6"),
     "other dtype": (lambda p: patch(f"{p}.idx", 17, b"\x04"), ".idx", "sequence 1 is said to begin at byte 6"),
     "sequences": (lambda p: patch(f"{p}.idx", 18, struct.pack("<Q", 2**63)), ".idx", "announces 9223372036854775808"),
     "no entries": (lambda p: patch(f"{p}.idx", 26, struct.pack("<Q", 0)), ".idx", "0 document entries"),
