@@ -203,6 +203,11 @@ def _training_data(config: RunConfig) -> None:
         raise ConfigError(
             "data.train is empty; give the prefix of an indexed dataset (PREFIX.bin and PREFIX.idx) with --data.train PREFIX"
         )
+    if config.data.document_mask and config.data.order == "megatron":
+        raise ConfigError(
+            "data.document_mask = true cannot be had with data.order = megatron, whose runs attend across documents; "
+            "set --data.document_mask false"
+        )
 
 
 def _length(config: RunConfig) -> None:

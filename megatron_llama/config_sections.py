@@ -92,6 +92,7 @@ class DataConfig:
     allow_changed: bool = setting(False, "resume although a dataset, the seed or the order is not the checkpoint's")
     first_sample: int = setting(0, "sample that a fresh start begins with: a Megatron run's consumed samples", minimum=0)
     megatron_split: str = setting("1", "--split of the Megatron run, whose first part is trained on (order = megatron)")
+    document_mask: bool = setting(False, "attend inside documents only, and number positions from each one's start")
     tokenizer: str = setting("", "tokenizer .model file, copied into the run and its checkpoints; may be empty")
 
 

@@ -26,12 +26,16 @@ from parallel.pipeline.schedules import forward_only
 class Evaluator:
     """Measures the token-mean loss of the first `num_samples` windows of a held-out blend, always the same ones."""
 
-    def __init__(self, runtime: Runtime, blend: Blend, tokens: int, micro_batch_size: int) -> None:
+    def __init__(
+        self, runtime: Runtime, blend: Blend, tokens: int, micro_batch_size: int, document_mask: bool = False
+    ) -> None:
         self.runtime = runtime
         data = runtime.groups.data
         num_samples = min(blend.num_windows, max(1, tokens // blend.sequence_length))
         self.tokens = num_samples * blend.sequence_length
-        self.micro_batches = evaluation_micro_batches(blend, num_samples, micro_batch_size, data.rank, data.size)
+        self.micro_batches = evaluation_micro_batches(
+            blend, num_samples, micro_batch_size, data.rank, data.size, document_mask=document_mask
+        )
         schedule = forward_only(runtime.placement, len(self.micro_batches))
         self.actions = schedule[runtime.groups.place.pp]
         self.executor = runtime.executor(blend.sequence_length, micro_batch_size)
@@ -72,7 +76,7 @@ def main(launch: Launch, argv: list[str]) -> int:
 
     blend = agree(open_data, runtime.groups.world, runtime.device)
     tokens = arguments.tokens or blend.num_windows * blend.sequence_length
-    make = partial(Evaluator, runtime, blend, tokens, config.train.micro_batch_size)
+    make = partial(Evaluator, runtime, blend, tokens, config.train.micro_batch_size, config.data.document_mask)
     evaluator = agree(make, runtime.groups.world, runtime.device)
     loss = evaluator.loss()
     if launch.rank == 0:

@@ -74,7 +74,7 @@ class Generator:
         tp, pp = runtime.groups.tp, runtime.groups.pp_forward
         length = -(-len(tokens) // tp.size) * tp.size  # sequence parallelism splits it; what follows is not attended to
         padded = torch.tensor(tokens + [0] * (length - len(tokens)), device=runtime.device)[:, None]  # [s, 1]
-        batch = MicroBatch(padded, None, None, torch.arange(length, device=runtime.device))
+        batch = MicroBatch(padded, None, None, torch.arange(length, device=runtime.device)[:, None])
         actions = forward_only(runtime.placement, 1)[runtime.groups.place.pp]
         outputs = runtime.executor(length, 1).run(actions, [batch])
         chosen = torch.zeros(1, dtype=torch.int64, device=runtime.device)

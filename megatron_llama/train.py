@@ -94,10 +94,11 @@ def main(launch: Launch, argv: list[str]) -> int:
     metrics = agree(lambda: _in_run_directory(config, record), world, device)
     train = config.train
     batch = train.micro_batch_size, train.global_batch_size
-    loader = Loader(train_data.blend, train.sequence_length, *batch, data.rank, data.size)
+    mask = config.data.document_mask
+    loader = Loader(train_data.blend, train.sequence_length, *batch, data.rank, data.size, mask)
     evaluator = None
     if valid_data is not None:
-        make_evaluator = partial(Evaluator, runtime, valid_data, train.evaluate_tokens, train.micro_batch_size)
+        make_evaluator = partial(Evaluator, runtime, valid_data, train.evaluate_tokens, train.micro_batch_size, mask)
         evaluator = agree(make_evaluator, world, device)
 
     def save(position: Position) -> None:

@@ -243,6 +243,14 @@ class IndexedDataset:
         """The first token of each of some sequences, int64."""
         return self._positions[numbers] // self.dtype.itemsize
 
+    def starts_within(self, start_token: int, count: int) -> np.ndarray:
+        """Where sequences begin in the `count` tokens from `start_token` on, relative to it: ascending int64.
+
+        An empty sequence begins where the next one does.
+        """
+        first, last = np.searchsorted(self._positions, np.array([start_token, start_token + count]) * self.dtype.itemsize)
+        return self._positions[first:last] // self.dtype.itemsize - start_token
+
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint stores to recognise the dataset, whatever its path: sizes, and checksums of samples."""
         index = zlib.crc32(self.index_path.open("rb").read(HEADER.size))

@@ -11,14 +11,16 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_llama.data.blend import Blend
+from megatron_llama.data.boundaries import boundaries, document_starts
 from parallel.errors import ConfigError
+from parallel.kernels.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,16 @@ class MicroBatch:
     tokens: Tensor  # [s, b] int64
     targets: Tensor | None  # [s, b] int64; None asks the model for logits
     loss_mask: Tensor | None  # [s, b] float32
-    positions: Tensor  # [s] int64
+    positions: Tensor  # [s, b or 1] int64
+    documents: Documents | None = None  # None: each sample is one document
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on `device`; from pinned memory the copy does not block."""
-        return MicroBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        documents = tensors.pop("documents")
+        if documents is not None:
+            documents = replace(documents, cu_seqlens=documents.cu_seqlens.to(device, non_blocking=True))
+        return MicroBatch(**{name: t.to(device, non_blocking=True) for name, t in tensors.items()}, documents=documents)
 
 
 def target_count(micro_batches: list[MicroBatch]) -> int:
@@ -44,12 +51,17 @@ def target_count(micro_batches: list[MicroBatch]) -> int:
     return sum(int(torch.count_nonzero(micro_batch.loss_mask)) for micro_batch in micro_batches)
 
 
-def _micro_batch(samples: np.ndarray, num_valid: int) -> MicroBatch:  # [b, s + 1] -> [s, b]
-    """Samples from `num_valid` on are padding: their targets do not count."""
+def _micro_batch(
+    samples: np.ndarray, num_valid: int, starts: list[np.ndarray] | None
+) -> MicroBatch:  # [b, s + 1] -> [s, b]
+    """Samples from `num_valid` on are padding: their targets do not count. `starts`: where documents begin in each sample."""
     tokens = torch.from_numpy(np.ascontiguousarray(samples.T))  # [s + 1, b]
     loss_mask = torch.ones(tokens[1:].shape, dtype=torch.float32)
     loss_mask[:, num_valid:] = 0.0
-    return MicroBatch(tokens[:-1].contiguous(), tokens[1:].contiguous(), loss_mask, torch.arange(len(tokens) - 1))
+    positions, documents = torch.arange(len(tokens) - 1)[:, None], None
+    if starts is not None:
+        positions, documents = boundaries(starts, len(tokens) - 1)
+    return MicroBatch(tokens[:-1].contiguous(), tokens[1:].contiguous(), loss_mask, positions, documents)
 
 
 class Loader:
@@ -59,7 +71,14 @@ class Loader:
     """
 
     def __init__(
-        self, blend: Blend, sequence_length: int, micro_batch_size: int, global_batch_size: int, dp_rank: int, dp_size: int
+        self,
+        blend: Blend,
+        sequence_length: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        document_mask: bool = False,
     ) -> None:
         assert sequence_length == blend.sequence_length, f"{sequence_length}, but the blend has {blend.sequence_length}"
         assert 0 <= dp_rank < dp_size
@@ -76,6 +95,7 @@ class Loader:
         self.global_batch_size = global_batch_size
         self.dp_rank = dp_rank
         self.dp_size = dp_size
+        self.document_mask = document_mask
         self.num_micro_batches = global_batch_size // multiple  # in a step of this rank
 
     def micro_batches(self, first_sample: int) -> list[MicroBatch]:
@@ -85,13 +105,23 @@ class Loader:
         """
         local_samples = self.num_micro_batches * self.micro_batch_size
         start = first_sample + self.dp_rank * local_samples
-        samples = self.blend.samples(np.arange(start, start + local_samples))  # [samples, s + 1]
-        parts = samples.reshape(self.num_micro_batches, self.micro_batch_size, -1)
-        return [_micro_batch(part, self.micro_batch_size) for part in parts]
+        numbers = np.arange(start, start + local_samples)
+        parts = self.blend.samples(numbers).reshape(self.num_micro_batches, self.micro_batch_size, -1)  # [m, b, s + 1]
+        if not self.document_mask:
+            return [_micro_batch(part, self.micro_batch_size, None) for part in parts]
+        starts = document_starts(self.blend, numbers)
+        size = self.micro_batch_size
+        return [_micro_batch(part, size, starts[m * size : (m + 1) * size]) for m, part in enumerate(parts)]
 
 
 def evaluation_micro_batches(
-    blend: Blend, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int, first_sample: int = 0
+    blend: Blend,
+    num_samples: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    first_sample: int = 0,
+    document_mask: bool = False,
 ) -> list[MicroBatch]:
     """This rank's part of the samples [first_sample, first_sample + num_samples), usually of a blend with shuffle=False.
 
@@ -106,8 +136,12 @@ def evaluation_micro_batches(
         start = round_start + dp_rank * micro_batch_size
         num_valid = min(max(end - start, 0), micro_batch_size)
         samples = np.zeros((micro_batch_size, blend.sequence_length + 1), np.int64)
-        samples[:num_valid] = blend.samples(np.arange(start, start + num_valid))
-        micro_batches.append(_micro_batch(samples, num_valid))
+        numbers = np.arange(start, start + num_valid)
+        samples[:num_valid] = blend.samples(numbers)
+        starts = None
+        if document_mask:
+            starts = document_starts(blend, numbers) + [np.empty(0, np.int64)] * (micro_batch_size - num_valid)
+        micro_batches.append(_micro_batch(samples, num_valid, starts))
     return micro_batches
 
 

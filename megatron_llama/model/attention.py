@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron_llama.model.build import ModelContext
+from megatron_llama.model.rope import Places
 from parallel.recompute import recompute
 from parallel.tensor.linear import Column, ColumnParallelLinear, RowParallelLinear, column_shard, row_shard
 
@@ -40,14 +41,14 @@ class Attention(nn.Module):
         self.wqkv = ColumnParallelLinear(wqkv, tp, context.sequence_parallel, context.kernels)
         self.wo = RowParallelLinear(wo, tp, context.sequence_parallel, context.kernels)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [s/tp, b, h], [s, d/2] twice -> [s/tp, b, h]
+    def forward(self, x: Tensor, places: Places) -> Tensor:  # [s/tp, b, h] -> [s/tp, b, h]
         qkv = self.wqkv(x)  # [s, b, (n + 2k) d/tp]
-        core = recompute(self._core, qkv, cos, sin) if self.selective and self.training else self._core(qkv, cos, sin)
+        core = recompute(self._core, qkv, places) if self.selective and self.training else self._core(qkv, places)
         return self.wo(core)
 
-    def _core(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [s, b, (n + 2k) d/tp] -> [s, b, n d/tp]
+    def _core(self, qkv: Tensor, places: Places) -> Tensor:  # [s, b, (n + 2k) d/tp] -> [s, b, n d/tp]
         s, b, _ = qkv.shape
         heads = qkv.view(s, b, -1, self.head_dim)
         q, k, v = heads.split([self.local_heads, self.local_kv_heads, self.local_kv_heads], dim=2)
-        q, k = self.kernels.rope(q, cos, sin), self.kernels.rope(k, cos, sin)
-        return self.kernels.attention(q, k, v).reshape(s, b, -1)
+        q, k = self.kernels.rope(q, places.cos, places.sin), self.kernels.rope(k, places.cos, places.sin)
+        return self.kernels.attention(q, k, v, places.documents).reshape(s, b, -1)

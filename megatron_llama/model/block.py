@@ -1,6 +1,6 @@
 """One decoder block, and the norm it uses.
 
-Legend: s sequence, b micro-batch, h hidden, d head dim; /tp = split over tensor ranks.
+Legend: s sequence, b micro-batch, h hidden; /tp = split over tensor ranks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megatron_llama.model.attention import Attention
 from megatron_llama.model.build import ModelContext
 from megatron_llama.model.mlp import FeedForward
+from megatron_llama.model.rope import Places
 from parallel.shards import Box, Replica, Segment, Shard
 
 
@@ -46,6 +47,6 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(context, f"layers.{layer}.ffn_norm")
         self.feed_forward = FeedForward(context, layer)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [s/tp, b, h], [s, d/2] twice -> [s/tp, b, h]
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(self, x: Tensor, places: Places) -> Tensor:  # [s/tp, b, h] -> [s/tp, b, h]
+        x = x + self.attention(self.attention_norm(x), places)
         return x + self.feed_forward(self.ffn_norm(x))

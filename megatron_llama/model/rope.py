@@ -6,11 +6,22 @@ Pairs are in half-split order: dim j turns with dim j + d/2 (Hugging Face's orde
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_llama.config import ModelConfig
+from parallel.kernels.documents import Documents
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a micro-batch's tokens stand: the rotary tables of their positions, and their documents (None: one per sample)."""
+
+    cos: Tensor  # [s, b or 1, d/2] fp32
+    sin: Tensor
+    documents: Documents | None
 
 
 def inverse_frequencies(model: ModelConfig) -> Tensor:
@@ -31,6 +42,6 @@ def inverse_frequencies(model: ModelConfig) -> Tensor:
 
 
 def rope_tables(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of each position's angles: [d/2], [s] -> fp32 [s, d/2] twice."""
-    angles = positions.float()[:, None] * frequencies
+    """cos and sin of each position's angles: [d/2], [s, b or 1] -> fp32 [s, b or 1, d/2] twice."""
+    angles = positions.float()[..., None] * frequencies
     return angles.cos(), angles.sin()

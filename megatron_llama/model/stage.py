@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_llama.data.loader import MicroBatch
 from megatron_llama.model.block import Block, RMSNorm
 from megatron_llama.model.build import ModelContext
-from megatron_llama.model.rope import inverse_frequencies, rope_tables
+from megatron_llama.model.rope import Places, inverse_frequencies, rope_tables
 from parallel.pipeline.layout import Placement
 from parallel.recompute import recompute
 from parallel.shards import Replica
@@ -62,10 +62,10 @@ class Stage(nn.Module):
         if self.is_first:
             x = self.embedding(micro_batch.tokens)
         assert x is not None
-        cos, sin = rope_tables(self.frequencies, micro_batch.positions)
+        places = Places(*rope_tables(self.frequencies, micro_batch.positions), micro_batch.documents)
         for block in self.blocks.values():
             keep_input_only = self.context.recompute == "full" and self.training
-            x = recompute(block, x, cos, sin) if keep_input_only else block(x, cos, sin)
+            x = recompute(block, x, places) if keep_input_only else block(x, places)
         return self._loss(x, micro_batch) if self.is_last else x
 
     def _loss(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:  # [s/tp, b, h] -> [], or logits [s, b, v/tp]

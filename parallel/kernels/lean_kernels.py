@@ -45,9 +45,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [s, b, h], [h]
     return _RMSNorm.apply(x, weight, eps)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:  # [s, b, n, d], [s, d/2] twice -> [s, b, n, d]
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:  # [s, b, n, d], [s, b or 1, d/2] twice
     """Turn each pair by its angle (sign 1) or back (sign -1)."""
-    cos, sin = cos[:, None, None, :], sin[:, None, None, :]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     first, second = x.float().chunk(2, dim=-1)  # fp32: tables and rotation
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     y_first, y_second = y.chunk(2, dim=-1)
@@ -70,7 +70,7 @@ class _Rope(torch.autograd.Function):
         return _rotate(dy, *ctx.saved_tensors, -1.0), None, None
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [s, b, n, d], [s, d/2] fp32 -> [s, b, n, d]
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [s, b, n, d], [s, b or 1, d/2] fp32 -> [s, b, n, d]
     """Rotate each pair (x[j], x[j + d/2]) by its angle (half-split order). Source: Su et al. 2021, equation 34."""
     return _Rope.apply(x, cos, sin)
 

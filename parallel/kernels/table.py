@@ -32,7 +32,11 @@ ROWS: Mapping[str, tuple[Backend, ...]] = {
     "rms_norm": (Backend("lean", lean_kernels.rms_norm), Backend("torch", torch_kernels.rms_norm)),
     "rope": (Backend("lean", lean_kernels.rope), Backend("torch", torch_kernels.rope)),
     "swiglu": (Backend("lean", lean_kernels.swiglu), Backend("torch", torch_kernels.swiglu)),
-    "attention": (Backend("sdpa", torch_kernels.sdpa_attention), Backend("torch", torch_kernels.attention)),
+    "attention": (
+        Backend("varlen", torch_kernels.varlen_attention, torch_kernels.varlen_missing),
+        Backend("sdpa", torch_kernels.sdpa_attention),
+        Backend("torch", torch_kernels.attention),
+    ),
     "wgrad": (Backend("torch", torch_kernels.wgrad),),
 }
 

@@ -14,7 +14,7 @@ from megatron_llama.runtime import build_runtime
 from parallel.collectives import all_gather
 from parallel.pipeline.schedules import forward_only
 from tests.parity.hugging_face import build, hugging_face_name
-from tests.parity.training import MODEL, TRAIN, Case, assemble, sample, train
+from tests.parity.training import MODEL, TRAIN, Case, assemble, document_starts, sample, train
 from tests.ranks import run_ranks
 
 pytest.importorskip("transformers")
@@ -59,6 +59,30 @@ def test_step_0_gradients_and_loss(model: ModelConfig, layout: ParallelConfig) -
     assert outcomes[0].norms[0] == pytest.approx(norm, rel=1e-6)
 
 
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_document_masks_are_each_document_alone(micro_batch_size: int) -> None:
+    """With masks, the loss is that of transformers run on every document by itself, its positions from 0."""
+    train_config = replace(TRAIN, micro_batch_size=micro_batch_size)
+    case = Case("documents", ParallelConfig(dp=1), MODELS["llama-3-rope"], train_config, documents=True)
+    module = build(case.model, _initial_weights(case))
+    losses = []
+    for index in range(TRAIN.global_batch_size):
+        tokens, _ = sample(index, case)
+        edges = [0, *document_starts(index, case).tolist(), TRAIN.sequence_length]
+        for start, end in zip(edges, edges[1:], strict=False):
+            logits = module(tokens[None, start:end]).logits[0]
+            losses.append(F.cross_entropy(logits, tokens[start + 1 : end + 1], reduction="none"))
+    assert len(losses) > TRAIN.global_batch_size  # some samples hold several documents
+    expected = torch.cat(losses).mean()
+    expected.backward()
+    outcome = run_ranks(1, train, case, 1)[0]
+    assert outcome.losses[0] == pytest.approx(expected.item(), rel=5e-7)
+    theirs = dict(module.named_parameters())
+    for name, gradient in assemble([outcome], "gradients").items():
+        right = theirs[hugging_face_name(name)].grad
+        assert ((gradient - right).norm() / right.norm()).item() < 1e-5, name
+
+
 def logits_of(rank: int, world_size: int, case: Case) -> torch.Tensor | None:
     """Full logits [s, v] of sample 0 on the last stage."""
     from megatron_llama.data.loader import MicroBatch
@@ -66,7 +90,7 @@ def logits_of(rank: int, world_size: int, case: Case) -> torch.Tensor | None:
     runtime = build_runtime(case.config, rank, world_size, torch.device("cpu"), timedelta(seconds=60))
     tokens, _ = sample(0, case)
     length = case.train.sequence_length
-    batch = MicroBatch(tokens[:-1, None], None, None, torch.arange(length))
+    batch = MicroBatch(tokens[:-1, None], None, None, torch.arange(length)[:, None])
     outputs = runtime.executor(length, 1).run(forward_only(runtime.placement, 1)[runtime.groups.place.pp], [batch])
     if not runtime.has_loss:
         return None

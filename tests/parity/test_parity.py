@@ -22,6 +22,7 @@ TIED = replace(MODEL, tie_embeddings=True)
 # Four tensor ranks on two cores wait for one another most of the time: half the layers and micro-batches for them.
 SHALLOW = replace(MODEL, num_layers=2)
 SMALL_BATCH = replace(TRAIN, global_batch_size=4)
+PAIRS_OF_SAMPLES = replace(TRAIN, micro_batch_size=2)
 
 
 def layout(**settings) -> ParallelConfig:
@@ -58,10 +59,13 @@ CASES = [
     Case("tied-tp2-pp2-dp2", layout(tp=2, pp=2, dp=2, sequence_parallel=True), replace(TIED, vocab_size=101)),
     Case("full-recompute-tp2-pp2", layout(tp=2, pp=2, recompute="full", sequence_parallel=True)),
     Case("selective-recompute-tp2-dp2", layout(tp=2, dp=2, recompute="selective")),
-    Case("micro-batch-2", layout(tp=2, dp=2), train=replace(TRAIN, micro_batch_size=2)),
-    Case("one-micro-batch", layout(pp=2, dp=4), train=replace(TRAIN, micro_batch_size=2)),
+    Case("micro-batch-2", layout(tp=2, dp=2), train=PAIRS_OF_SAMPLES),
+    Case("one-micro-batch", layout(pp=2, dp=4), train=PAIRS_OF_SAMPLES),
     Case("ragged-masks-tp2-pp2-dp2", layout(tp=2, pp=2, dp=2, sequence_parallel=True), ragged=True),
     Case("ragged-masks-dp4", layout(dp=4), ragged=True),
+    Case("documents-tp2-sp", layout(tp=2, sequence_parallel=True), GQA, ragged=True, documents=True),
+    Case("documents-pp2-full-recompute", layout(pp=2, recompute="full"), documents=True),
+    Case("documents-dp2-selective", layout(dp=2, recompute="selective"), train=PAIRS_OF_SAMPLES, documents=True),
 ]
 
 

@@ -176,10 +176,10 @@ def turn_the_other_way(monkeypatch) -> None:
 
 def shift_kv_heads(monkeypatch) -> None:
     """Query heads attend to the wrong group's keys and values."""
-    row = table.ROWS["attention"][0]
+    row = table.ROWS["attention"][1]
 
-    def shifted(q, k, v):
-        return row.function(q, k.roll(1, dims=2), v.roll(1, dims=2))
+    def shifted(q, k, v, documents):
+        return row.function(q, k.roll(1, dims=2), v.roll(1, dims=2), documents)
 
     rows = {**table.ROWS, "attention": (replace(row, function=shifted),)}
     monkeypatch.setattr(table, "ROWS", rows)
@@ -202,9 +202,9 @@ def test_planted_bug_in_the_model_is_caught_by_transformers(plant, monkeypatch) 
 def test_one_more_collective_is_caught_by_the_ledger(monkeypatch) -> None:
     forward = megatron_llama.model.block.Block.forward
 
-    def chatty(self, x, cos, sin):
+    def chatty(self, x, places):
         parallel.collectives.all_reduce(torch.zeros(1), self.attention.wqkv.tp)
-        return forward(self, x, cos, sin)
+        return forward(self, x, places)
 
     monkeypatch.setattr(megatron_llama.model.block.Block, "forward", chatty)
     with pytest.raises(AssertionError):

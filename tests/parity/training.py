@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_llama.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_llama.data.boundaries import boundaries
 from megatron_llama.data.loader import MicroBatch
 from megatron_llama.runtime import Runtime, build_runtime
 from megatron_llama.step import TrainStep, optimizer_settings
@@ -36,7 +38,8 @@ class Case:
     model: ModelConfig = MODEL
     train: TrainConfig = TRAIN
     optimizer: OptimizerConfig = OPTIMIZER
-    ragged: bool = False
+    ragged: bool = False  # loss masks that end somewhere inside
+    documents: bool = False  # attention inside random documents only
 
     @property
     def world_size(self) -> int:
@@ -79,6 +82,12 @@ def sample(index: int, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, mask
 
 
+def document_starts(index: int, case: Case) -> np.ndarray:
+    """Positions inside sample `index` at which a new document begins: up to three, for some samples none."""
+    random = np.random.default_rng(index)
+    return np.sort(random.choice(np.arange(1, case.train.sequence_length), random.integers(4), replace=False))
+
+
 def micro_batches(case: Case, step: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
     """This data rank's micro-batches of a step: contiguous parts of the global batch."""
     train = case.train
@@ -89,7 +98,11 @@ def micro_batches(case: Case, step: int, dp_rank: int, dp_size: int) -> list[Mic
         drawn = [sample(i, case) for i in range(start, start + train.micro_batch_size)]
         tokens = torch.stack([tokens for tokens, _ in drawn], dim=1)  # [s + 1, b]
         mask = torch.stack([mask for _, mask in drawn], dim=1)
-        batches.append(MicroBatch(tokens[:-1], tokens[1:], mask, torch.arange(train.sequence_length)))
+        positions, documents = torch.arange(train.sequence_length)[:, None], None
+        if case.documents:
+            starts = [document_starts(i, case) for i in range(start, start + train.micro_batch_size)]
+            positions, documents = boundaries(starts, train.sequence_length)
+        batches.append(MicroBatch(tokens[:-1], tokens[1:], mask, positions, documents))
     return batches
 
 

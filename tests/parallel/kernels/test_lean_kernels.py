@@ -11,7 +11,7 @@ S, B = 6, 2
 
 def example(operation, dtype):
     """Differentiable inputs, and the others."""
-    angles = torch.rand(S, 4, generator=torch.Generator().manual_seed(3)) * 6.0
+    angles = torch.rand(S, 1, 4, generator=torch.Generator().manual_seed(3)) * 6.0
     inputs = {
         "rms_norm": ((randn(S, B, 16) * 3, randn(16, seed=1)), (1e-2,)),
         "rope": ((randn(S, B, 3, 8),), (angles.cos(), angles.sin())),

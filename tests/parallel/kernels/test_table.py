@@ -53,7 +53,7 @@ def test_a_backend_that_cannot_run_here_says_why(a_fused_backend):
 
 
 def test_an_unknown_backend_is_answered_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"kernels.attention = 'magic' is not a backend .*; there are auto, sdpa, torch"):
+    with pytest.raises(ConfigError, match=r"kernels.attention = 'magic' is not a backend .*; there are auto, varlen, sdpa"):
         resolve_kernels({"attention": "magic"})
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from parallel.kernels import torch_kernels
+from parallel.kernels.documents import Documents
 from parallel.kernels.table import ROWS
 from tests.parallel.building import randn
 
@@ -12,8 +13,8 @@ S, B, N, D = 6, 2, 4, 8
 
 
 def tables(length, width, dtype=torch.float32):
-    """cos and sin [s, d/2] of LLaMA's angles."""
-    angles = torch.arange(length, dtype=dtype)[:, None] * 1e4 ** (-torch.arange(0, width, 2, dtype=dtype) / width)
+    """cos and sin [s, 1, d/2] of LLaMA's angles."""
+    angles = torch.arange(length, dtype=dtype)[:, None, None] * 1e4 ** (-torch.arange(0, width, 2, dtype=dtype) / width)
     return angles.cos(), angles.sin()
 
 
@@ -60,7 +61,7 @@ def test_rms_norm_of_bf16_has_fp32_statistics():
 
 def test_rope_is_hugging_faces_rotation():
     x, (cos, sin) = randn(S, B, N, D), tables(S, D)
-    wide_cos, wide_sin = torch.cat([cos, cos], -1)[:, None, None], torch.cat([sin, sin], -1)[:, None, None]
+    wide_cos, wide_sin = torch.cat([cos, cos], -1)[:, None], torch.cat([sin, sin], -1)[:, None]
     assert_gradients_close(lambda x: torch_kernels.rope(x, cos, sin), lambda x: x * wide_cos + rotate_half(x) * wide_sin, (x,))
 
 
@@ -115,6 +116,39 @@ def test_attention_is_a_loop_over_heads_and_positions(kernel, kv_heads):
     assert_gradients_close(kernel, loop, inputs, rtol=1e-4, atol=1e-5)
 
 
+DOCUMENTS = Documents(torch.tensor([0, 2, 3, 6, 11, 12, 12, 12], dtype=torch.int32), 5)  # 2, 1, 3 tokens; 5, 1; padding
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("kernel", [torch_kernels.attention, torch_kernels.sdpa_attention], ids=lambda k: k.__name__)
+def test_attention_inside_documents_is_that_of_each_alone(kernel, kv_heads):
+    def each_alone(q, k, v):
+        y = torch.zeros_like(q)
+        for sample, start, end in [(0, 0, 2), (0, 2, 3), (0, 3, 6), (1, 0, 5), (1, 5, 6)]:
+            part = slice(start, end), slice(sample, sample + 1)
+            y[part] = torch_kernels.attention(q[part], k[part], v[part])
+        return y
+
+    inputs = randn(S, B, N, D), randn(S, B, kv_heads, D, seed=1), randn(S, B, kv_heads, D, seed=2)
+    assert_gradients_close(lambda *x: kernel(*x, DOCUMENTS), each_alone, inputs)
+
+
+def test_one_document_a_sample_is_no_document_at_all():
+    q, k, v = (randn(S, B, N, D, seed=seed) for seed in range(3))
+    whole = Documents(torch.tensor([0, S, 2 * S], dtype=torch.int32), S)
+    for kernel in (torch_kernels.attention, torch_kernels.sdpa_attention):
+        torch.testing.assert_close(kernel(q, k, v, whole), kernel(q, k, v))
+
+
+def test_rope_takes_positions_of_each_sample():
+    x = randn(S, B, N, D)
+    cos, sin = tables(S, D)
+    both = [torch.cat([table, table.flip(0)], dim=1) for table in (cos, sin)]  # [s, 2, d/2]
+    y = torch_kernels.rope(x, *both)
+    torch.testing.assert_close(y[:, :1], torch_kernels.rope(x[:, :1], cos, sin))
+    torch.testing.assert_close(y[:, 1:], torch_kernels.rope(x[:, 1:], cos.flip(0), sin.flip(0)))
+
+
 def test_attention_is_torchs_scaled_dot_product():
     q, k, v = (randn(S, B, N, D, seed=seed) for seed in range(3))
     right = F.scaled_dot_product_attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), is_causal=True)
@@ -152,7 +186,7 @@ def example_inputs(operation, device, dtype):
         "rms_norm": ((randn(128, B, 256).to(device, dtype), randn(256, seed=1).to(device, dtype)), (1e-5,)),
         "rope": ((heads[0],), (cos, sin)),
         "swiglu": ((randn(128, B, 512).to(device, dtype),), ()),
-        "attention": (tuple(heads), ()),
+        "attention": (tuple(heads), (Documents(torch.tensor([0, 50, 128, 200, 256], dtype=torch.int32, device=device), 78),)),
     }[operation]
 
 
