@@ -1,0 +1,102 @@
+"""The benchmark programs at tiny sizes: they print their figures, and their comparisons can fail."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEP = (
+    *("--preset", "llama-tiny", "--num-layers", 1, "--vocab-size", 200, "--sequence-length", 16, "--micro-batches", 2),
+    *("--steps", 2, "--threads", 1, "--device", "cpu"),
+)
+CHECKPOINT = ("--gib", 0.008, "--rounds", 1)
+DATA = ("--megabytes", 1, "--samples", 64, "--sequence-length", 64, "--documents", 1000, "--rounds", 1, "--workers", 1)
+
+
+def run(tool, *arguments):
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, f"tools/benchmark_{tool}.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def check_setting(output, arguments):
+    """What a figure is worth nothing without."""
+    assert re.search(r"^command    python tools/benchmark_\w+\.py .*" + re.escape(str(arguments[0])), output, re.MULTILINE)
+    assert re.search(r"^hardware   .*CPU", output, re.MULTILINE)
+    assert re.search(r"^versions   Python \d.*torch \d", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_step(dtype):
+    pytest.importorskip("transformers")
+    done = run("step", *STEP, "--dtype", dtype)
+    assert done.returncode == 0, done.stderr
+    check_setting(done.stdout, STEP)
+    first = re.search(r"first loss +ours ([\d.]+)  transformers ([\d.]+)", done.stdout)
+    assert float(first[1]) == pytest.approx(float(first[2]), rel=2e-3 if dtype == "bf16" else 2e-6)
+    for name in ("ours", "transformers"):
+        assert re.search(rf"^{name} +[\d.]+ +[\d.]+ +\d+ +\d+ +\d+% +-?\d+$", done.stdout, re.MULTILINE)
+    assert len(re.findall(r"^ratio ours / transformers, tokens.*: \d+\.\d{3} \(rounds", done.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^  (?:forward and backward|reduction and norm|update|all else) ", done.stdout, re.MULTILINE)) == 4
+    assert "MFU" not in done.stdout  # the peak of a CPU is not known
+
+
+@pytest.mark.slow
+def test_step_sees_another_token():
+    pytest.importorskip("transformers")
+    done = run("step", *STEP, "--plant-error")
+    assert done.returncode == 1
+    assert done.stderr == "error: the first loss of ours and the peer differ by more than 2e-06: not the same training\n"
+    assert "ratio" not in done.stdout
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_checkpoint(tmp_path, ranks):
+    done = run("checkpoint", *CHECKPOINT, "--ranks", ranks, tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_setting(done.stdout, CHECKPOINT)
+    assert str(tmp_path) not in done.stdout
+    row = r"^(save|load|reshape) +(\w+) +[\d.]+ +[\d.]+-[\d.]+ +[\d.]+ +[\d.]+-[\d.]+ +\d+ +-?[\d.]+ +[\d.]+$"
+    rows = re.findall(row, done.stdout, re.MULTILINE)
+    names = ["raw", "ours", "torch", "safetensors", "dcp"]
+    expected = [(operation, name) for operation in ("save", "load") for name in names]
+    assert rows == expected + [("reshape", name) for name in names[1:] if ranks > 1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoint_sees_another_value_and_keeps_to_empty_directories(tmp_path):
+    done = run("checkpoint", *CHECKPOINT, "--ranks", 1, "--plant-error", tmp_path)
+    assert (done.returncode, done.stderr) == (1, "error: raw, load: rank 0 found other values in w0\n")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "precious").write_text("")
+    assert run("checkpoint", *CHECKPOINT, tmp_path).returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.slow
+def test_data():
+    pytest.importorskip("megatron.core")
+    done = run("data", *DATA)
+    assert done.returncode == 0, done.stderr
+    check_setting(done.stdout, DATA)
+    assert "ids and files are equal" in done.stdout
+    rows = re.findall(r"^  (\w.*?)  +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ \([\d.]+ to [\d.]+\)$", done.stdout, re.MULTILINE)
+    assert len(rows) == 6 + 3 + 4 and rows[0] == "ours, 1 process" and "Loader.micro_batches" in rows
+    assert len(re.findall(r"CPU microseconds a sample", done.stdout)) == 3
+
+
+def test_data_sees_another_character():
+    pytest.importorskip("megatron.core")
+    done = run("data", *DATA, "--plant-error")
+    assert done.returncode == 1
+    assert done.stderr == "error: document 0: our token ids differ from those of sentencepiece alone\n"
