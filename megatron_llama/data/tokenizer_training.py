@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import sentencepiece
 
@@ -36,6 +37,7 @@ LLAMA_SETTINGS = {
     "normalization_rule_name": "identity",
     "add_dummy_prefix": True,
     "remove_extra_whitespaces": False,
+    "input_sentence_size": 200_000_000,  # never reached: at it, SentencePiece shuffles, differently in each process
     "shuffle_input_sentence": True,
     "unk_id": 0,
     "bos_id": 1,
@@ -80,7 +82,7 @@ def train_tokenizer(
     """Writes `PREFIX.model` and `PREFIX.vocab`, and measures the tokenizer on the first megabyte of `documents`.
 
     A sentence is a line; of more than `max_sentences` a random part of that size is used, the same in every run. The pieces
-    do not depend on `threads`, but the model records the number. Memory grows with what is used, about 7.5 bytes a byte.
+    do not depend on `threads`, but the model records the number. Memory grows with what is used, about 10 bytes a byte.
     `progress` is called with the characters read since the last call.
 
     Raises DataError or ConfigError where the text does not suffice for the vocabulary or the vocabulary for the text.
@@ -90,13 +92,11 @@ def train_tokenizer(
     sample: list[str] = []
     sentences = _Sentences(documents, sample, progress)
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(1)  # for the choice of sentences
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
+            sentence_iterator=_choose(sentences, max_sentences),
             model_writer=model,
             vocab_size=vocab_size,
-            input_sentence_size=max_sentences,
             num_threads=threads,
             minloglevel=2,
             **LLAMA_SETTINGS,
@@ -141,6 +141,24 @@ class _Sentences:
         except DataError as error:
             self.error = error
             raise
+
+
+def _choose(sentences: Iterable[str], size: int) -> Iterator[str]:
+    """At most `size` of the sentences, each with the same chance, and the same ones in every run.
+
+    SentencePiece would choose too, but differently in each process, whatever its seed. Source: Vitter 1985, algorithm R.
+    """
+    random = Random(1)
+    kept: list[str] = []
+    for number, sentence in enumerate(sentences):
+        place = number if number < size else random.randrange(number + 1)
+        if place == len(kept):
+            kept.append(sentence)
+        elif place < size:
+            kept[place] = sentence
+    kept.reverse()
+    while kept:  # let go as SentencePiece takes its copies
+        yield kept.pop()
 
 
 def _sentences_of(line: str) -> Iterator[str]:

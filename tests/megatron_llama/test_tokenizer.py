@@ -1,6 +1,8 @@
 import argparse
 import hashlib
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,20 @@ def test_training_is_reproducible(tokenizer, tmp_path):
     vocabulary = Path(f"{tmp_path}/elsewhere.vocab").read_text(encoding="utf-8").splitlines()
     assert vocabulary[:3] == ["<unk>\t0", "<s>\t0", "</s>\t0"] and len(vocabulary) == 700
     assert vocabulary[260].endswith("\t-1")
+
+
+def test_training_on_a_sample_is_the_same_in_every_process(tmp_path):
+    """SentencePiece's own choice of sentences is not, so it is made here."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {n} of {n * n % 977} in {TEXT[n : n + 40]!r}" for n in range(3000)), encoding="utf-8")
+    models = []
+    for run in range(2):
+        flags = ["--input", text, "--output", tmp_path / f"{run}", "--vocab-size", "500", "--max-sentences", "1000"]
+        subprocess.run([sys.executable, "tools/train_tokenizer.py", *flags], check=True, capture_output=True)
+        models.append((tmp_path / f"{run}.model").read_bytes())
+    assert models[0] == models[1]
+    whole = train_tokenizer([text.read_text(encoding="utf-8")], tmp_path / "whole", 500, 10**6, 1)[0]
+    assert whole.path.read_bytes() != models[0]  # it was a sample
 
 
 def test_pieces_follow_llama_settings(tokenizer):
