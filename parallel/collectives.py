@@ -7,44 +7,18 @@ wait and never the host.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-if TYPE_CHECKING:
-    from parallel.groups import Axis
+from parallel.groups import Axis
 
 # torch 2.13 renamed them and warns about the old names; 2.11 has only the old ones.
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-@dataclass
-class Ledger:
-    """Bytes that this rank has sent and calls it has made, by (kind, axis name), since the last `clear`.
-
-    Bytes are those of the ring algorithm: all-reduce `2 (n-1)/n` of the tensor, all-gather and reduce-scatter `(n-1)/n` of the
-    whole, send and broadcast its size (a broadcast's receivers send nothing). `last` names the latest call: the breadcrumb
-    after a hang.
-    """
-
-    sent_bytes: Counter = field(default_factory=Counter)
-    calls: Counter = field(default_factory=Counter)
-    last: str = "none"
-
-    def record(self, kind: str, axis: Axis, sent_bytes: int) -> None:
-        self.sent_bytes[kind, axis.name] += sent_bytes
-        self.calls[kind, axis.name] += 1
-        self.last = f"{kind} over {axis.name} {axis.ranks}, {sent_bytes} bytes, call {self.calls[kind, axis.name]}"
-
-    def clear(self) -> None:
-        self.sent_bytes.clear()
-        self.calls.clear()
 
 
 class Handle(Protocol):
@@ -69,7 +43,7 @@ def start_all_reduce(tensor: Tensor, axis: Axis, op: dist.ReduceOp = dist.Reduce
     if axis.size == 1:
         return Done()
     assert tensor.is_contiguous()
-    axis.ledger.record("all_reduce", axis, 2 * _size_bytes(tensor) * (axis.size - 1) // axis.size)
+    axis.record("all_reduce", 2 * _size_bytes(tensor) * (axis.size - 1) // axis.size)
     with record_function(f"all_reduce/{axis.name}"):
         return dist.all_reduce(tensor, op=op, group=axis.group, async_op=True)
 
@@ -90,7 +64,7 @@ def start_all_gather(tensor: Tensor, axis: Axis, out: Tensor | None = None) -> t
     tensor = tensor.contiguous()
     if out is None:
         out = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
-    axis.ledger.record("all_gather", axis, _size_bytes(tensor) * (axis.size - 1))
+    axis.record("all_gather", _size_bytes(tensor) * (axis.size - 1))
     with record_function(f"all_gather/{axis.name}"):
         return out, _all_gather_into(out, tensor, group=axis.group, async_op=True)
 
@@ -113,7 +87,7 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis, out: Tensor | None = None) 
     assert tensor.shape[0] % axis.size == 0, f"dim 0 of {tuple(tensor.shape)} does not split over {axis.size} ranks"
     if out is None:
         out = tensor.new_empty((tensor.shape[0] // axis.size, *tensor.shape[1:]))
-    axis.ledger.record("reduce_scatter", axis, _size_bytes(out) * (axis.size - 1))
+    axis.record("reduce_scatter", _size_bytes(out) * (axis.size - 1))
     with record_function(f"reduce_scatter/{axis.name}"):
         return out, _reduce_scatter_into(out, tensor, group=axis.group, async_op=True)
 
@@ -128,7 +102,7 @@ def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
 def broadcast(tensor: Tensor, axis: Axis, source: int) -> Tensor:
     """Overwrite `tensor` on every member by that of the member with index `source`."""
     if axis.size > 1:
-        axis.ledger.record("broadcast", axis, _size_bytes(tensor) if axis.rank == source else 0)
+        axis.record("broadcast", _size_bytes(tensor) if axis.rank == source else 0)
         dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
     return tensor
 
@@ -139,7 +113,7 @@ def start_send(tensor: Tensor, axis: Axis, peer: int, tag: int) -> dist.Work:
     Sends with gloo are rendezvous: they complete after the peer has posted its receive. NCCL ignores tags, so the messages of
     one direction between two members must be posted in the same order on both.
     """
-    axis.ledger.record("send", axis, _size_bytes(tensor))
+    axis.record("send", _size_bytes(tensor))
     work = dist.isend(tensor, dst=axis.ranks[peer], group=axis.group, tag=tag)
     assert work is not None
     return work
@@ -147,7 +121,7 @@ def start_send(tensor: Tensor, axis: Axis, peer: int, tag: int) -> dist.Work:
 
 def start_receive(tensor: Tensor, axis: Axis, peer: int, tag: int) -> dist.Work:
     """Receive into `tensor` from the member with index `peer`."""
-    axis.ledger.record("receive", axis, 0)
+    axis.record("receive", 0)
     work = dist.irecv(tensor, src=axis.ranks[peer], group=axis.group, tag=tag)
     assert work is not None
     return work

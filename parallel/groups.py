@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import torch.distributed as dist
 
-from parallel.collectives import Ledger
+from parallel.ledger import Ledger
 from parallel.topology import Coordinates, Topology
 
 
@@ -32,6 +32,10 @@ class Axis:
     def single(cls, name: str, rank: int = 0, ledger: Ledger | None = None) -> Axis:
         """An axis of one member, on which every collective is a no-op."""
         return cls(name, 0, 1, (rank,), None, ledger or Ledger())
+
+    def record(self, kind: str, sent_bytes: int) -> None:
+        """Note a collective of this axis in the ledger."""
+        self.ledger.record(kind, self.name, self.ranks, sent_bytes)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import torch
 import torch.distributed as dist
 
 from parallel.collectives import (
-    Ledger,
     all_gather,
     all_reduce,
     barrier,
@@ -18,6 +17,7 @@ from parallel.collectives import (
     start_send,
 )
 from parallel.groups import Axis
+from parallel.ledger import Ledger
 from tests.parallel.building import CPU, grid, randn
 from tests.ranks import run_ranks
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.collectives import Ledger
 from parallel.groups import Axis
+from parallel.ledger import Ledger
 from parallel.tensor.embedding import ROW_MULTIPLE, VocabularyParallelEmbedding, vocabulary_shard
 from tests.parallel.building import coverage, grid, parameter, parts, randn, sum_of_parts
 from tests.ranks import run_ranks

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.collectives import Ledger
 from parallel.groups import Axis
+from parallel.ledger import Ledger
 from parallel.shards import Box, Replica, Segment, Shard
 from parallel.zero.buckets import ALIGNMENT, make_buckets
 from parallel.zero.native import NativeZero, OptimizerSettings
