@@ -4,6 +4,8 @@ The pair under test: y = row(gate(x) * up(x)), gate and up fused in one column-p
 1e-12 leaves room for nothing but the order of sums.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -199,3 +201,47 @@ def test_rows_and_columns_that_do_not_split_are_named():
         column_shard(INPUTS, [Column("q", 6)], tp)
     with pytest.raises(AssertionError, match="down: 6 inputs over 4 ranks"):
         row_shard("down", 6, OUTPUTS, tp)
+
+
+def order_of_a_backward_pass(rank, world_size, sequence_parallel):
+    """What a column linear's backward pass starts, waits for and computes, in order."""
+    import parallel.tensor.linear as module
+
+    events = []
+
+    class Watched:
+        def __init__(self, handle, name):
+            self.handle, self.name = handle, name
+
+        def wait(self):
+            events.append(f"wait {self.name}")
+            self.handle.wait()
+
+    def watch(name):
+        start = getattr(module, f"start_{name}")
+
+        def started(*arguments):
+            events.append(f"start {name}")
+            result = start(*arguments)
+            return (result[0], Watched(result[1], name)) if isinstance(result, tuple) else Watched(result, name)
+
+        setattr(module, f"start_{name}", started)
+
+    for name in ("all_gather", "reduce_scatter", "all_reduce"):
+        watch(name)
+    tp = grid(rank, tp=world_size).tp
+    kernels = replace(resolve_kernels(), wgrad=lambda *arguments: events.append("wgrad"))
+    weight = parameter(column_shard(INPUTS, [Column("gate", FFN)], tp), {"gate": FULL["gate"].float()})
+    weight.sink = CountingSink(weight.shape)
+    x = local_sequence(X.float(), tp, sequence_parallel).clone().requires_grad_()
+    y = ColumnParallelLinear(weight, tp, sequence_parallel, kernels)(x)
+    events.clear()
+    y.sum().backward()
+    return events
+
+
+def test_communication_of_the_backward_pass_is_behind_the_weight_gradient():
+    """The input's gather runs behind dgrad, the input gradient's reduction behind wgrad."""
+    sequence = ["start all_gather", "start reduce_scatter", "wait all_gather", "wgrad", "wait reduce_scatter"]
+    assert run_ranks(2, order_of_a_backward_pass, True) == [sequence] * 2
+    assert run_ranks(2, order_of_a_backward_pass, False) == [["start all_reduce", "wgrad", "wait all_reduce"]] * 2
