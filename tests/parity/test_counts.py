@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_llama.config import ParallelConfig
-from tests.parity.test_parity import layout
+from tests.parity.test_parity import SMALL_BATCH, layout
 from tests.parity.training import MODEL, TRAIN, Case, train
 from tests.ranks import run_ranks
 
@@ -89,7 +89,7 @@ def train_and_measure(rank: int, world_size: int, case: Case):
 
 @pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
 def test_bytes_sent_in_a_step(parallel: ParallelConfig) -> None:
-    case = Case("bytes", parallel, replace(MODEL, vocab_size=96), TRAIN)
+    case = Case("bytes", parallel, MODEL, SMALL_BATCH)
     for rank, (outcome, elements, norms) in enumerate(run_ranks(case.world_size, train_and_measure, case)):
         assert outcome.sent_bytes == expected_bytes(case, rank, elements, norms), f"rank {rank}"
 

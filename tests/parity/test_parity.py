@@ -92,7 +92,7 @@ def test_bf16_is_close_to_one_process_in_bf16(parallel: ParallelConfig) -> None:
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_recomputation_changes_no_bit(mode: str, tp: int) -> None:
-    plain = Case("plain", layout(tp=tp, sequence_parallel=True))
+    plain = Case("plain", layout(tp=tp, sequence_parallel=True), SHALLOW, SMALL_BATCH)
     again = replace(plain, parallel=replace(plain.parallel, recompute=mode))
     assert inexact(run_ranks(tp, train, again), run_ranks(tp, train, plain)) == []
 

@@ -12,8 +12,8 @@ from megatron_llama.config import ParallelConfig
 from megatron_llama.state import Position, load_state, save_state
 from parallel.checkpoint.steps import step_directory
 from tests.parity.comparison import LOSS_TOLERANCE, relative
-from tests.parity.test_parity import GQA, TIED, layout
-from tests.parity.training import TRAIN, Case, Outcome, Session, assemble, copies
+from tests.parity.test_parity import GQA, SMALL_BATCH, TIED, layout
+from tests.parity.training import Case, Outcome, Session, assemble, copies
 from tests.ranks import run_ranks
 
 SAVED_AT, STEPS = 3, 6
@@ -79,7 +79,7 @@ def check_pair(source: Case, target: Case, directory: Path, exact: bool) -> None
 @pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_same_layout_bit_for_bit(parallel: ParallelConfig, dtype: str, tmp_path: Path) -> None:
-    case = Case("same", parallel, train=replace(TRAIN, dtype=dtype))
+    case = Case("same", parallel, train=replace(SMALL_BATCH, dtype=dtype))
     check_pair(case, case, tmp_path, exact=True)
 
 
@@ -90,13 +90,13 @@ PAIRS = [(NAMES[i], NAMES[(i + shift) % len(NAMES)]) for shift in (1, 3) for i i
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda name: name)
 def test_any_layout_to_any_other(source: str, target: str, tmp_path: Path) -> None:
     model = replace(TIED, num_kv_heads=2, vocab_size=101)  # tied, kv heads below tp 4, a vocabulary that tp does not divide
-    cases = [Case(name, LAYOUTS[name], model) for name in (source, target)]
+    cases = [Case(name, LAYOUTS[name], model, SMALL_BATCH) for name in (source, target)]
     check_pair(*cases, tmp_path, exact=False)
 
 
 def test_bf16_state_is_kept_in_fp32(tmp_path: Path) -> None:
     """Master weights survive a change of layout in full precision."""
-    train = replace(TRAIN, dtype="bf16")
+    train = replace(SMALL_BATCH, dtype="bf16")
     source = Case("source", layout(tp=2, dp=2), GQA, train)
     target = Case("target", layout(pp=2), GQA, train)
     saved, _ = zip(*run_ranks(4, train_and_save, source, tmp_path), strict=True)
