@@ -45,25 +45,42 @@ class StopRequest:
         self.wished = True
 
 
+class Moment:
+    """A point in the device's work: an event on a GPU, the time on a CPU, which does its work when it is told."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event, self._seconds = None, time.perf_counter()
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def wait(self) -> None:
+        """Return when the device has got there."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: Moment) -> float:
+        """Seconds of the device's work from `earlier` to here; both must have been waited for."""
+        if self._event is not None and earlier._event is not None:
+            return earlier._event.elapsed_time(self._event) / 1000.0  # milliseconds
+        return self._seconds - earlier._seconds
+
+
 class Verdict:
     """The numbers of one step on their way to the host: [loss, ranks that wish to stop, gradient norm, skipped]."""
 
     def __init__(self, step: int, rate: float, info: StepInfo) -> None:
         self.step, self.rate = step, rate
         values = torch.cat([info.sums, torch.stack([info.norm, info.skipped.double()])])
-        self._ready = None
+        self._values: Tensor = values
         if values.is_cuda:
             self._values = torch.empty(4, dtype=torch.float64, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
-        else:
-            self._values: Tensor = values
+        self.finished = Moment(values.device)
 
     def read(self) -> list[float]:
         """Wait for this step (not for later ones) and return its numbers."""
-        if self._ready is not None:
-            self._ready.synchronize()
+        self.finished.wait()
         return self._values.tolist()
 
 
@@ -116,7 +133,7 @@ class Trainer:
         pending: Verdict | None = None
         stopped = False
         with StopRequest() as stop, Prefetcher(self.loader, self.position.samples, end_sample) as batches:
-            self._finished_at = time.perf_counter()
+            self._since = Moment(self.step.runtime.device)  # where the step under way began
             ahead = self._prepare_next(batches)
             while ahead is not None and not stopped:
                 batch, ahead = ahead, self._prepare_next(batches)
@@ -149,8 +166,7 @@ class Trainer:
     def _report(self, verdict: Verdict) -> bool:
         """Record a finished step; returns whether the ranks have agreed to stop."""
         loss, wishes, norm, skipped = verdict.read()
-        now = time.perf_counter()
-        seconds, self._finished_at = now - self._finished_at, now
+        seconds, self._since = verdict.finished.seconds_since(self._since), verdict.finished
         speed = self.tokens_per_step / seconds
         self.interval.steps += 1
         self.interval.seconds += seconds
@@ -184,7 +200,6 @@ class Trainer:
     def _pause(self, step: int, last: bool) -> None:
         """Evaluate and save where it is due; their time does not count as a step's."""
         train, checkpoint = self.config.train, self.config.checkpoint
-        started = time.perf_counter()
         if self.evaluator is not None and (last or (train.evaluate_every and step % train.evaluate_every == 0)):
             self.engine.finish()
             loss = self.evaluator.loss()
@@ -193,7 +208,7 @@ class Trainer:
                 self.log.info(f"step {step}: held-out loss {loss:.4f} over {self.evaluator.tokens:,} tokens")
         if last or (checkpoint.save_every and step % checkpoint.save_every == 0):
             self._save()
-        self._finished_at += time.perf_counter() - started
+        self._since = Moment(self.step.runtime.device)
 
     def _save(self) -> None:
         if self.metrics is not None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -325,3 +326,21 @@ def test_a_complete_run_that_is_started_again_has_nothing_to_do(run: Path, workp
     assert "step 6 of 6: this run is complete; raise --train.steps to go on" in said
     assert (Path("again") / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
     assert steps_in(Path("again")) == steps_in(run)
+
+
+def test_each_step_is_timed_by_itself(workplace: Path) -> None:
+    """A step's numbers are read one step late; its time must be its own all the same, at the end and around saving too."""
+    pause_seconds = 0.05
+
+    def slow_steps(rank: int) -> None:
+        original = TrainStep.run
+
+        def run_step(self, *arguments):
+            time.sleep(pause_seconds)
+            return original(self, *arguments)
+
+        TrainStep.run = run_step
+
+    train("--log.directory", "slow", "--checkpoint.save_every", 4, change=slow_steps)
+    seconds = values(Path("slow"), "step_seconds")
+    assert len(seconds) == STEPS and min(seconds) >= pause_seconds
