@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_llama.config import RunConfig
-from megatron_llama.data.loader import MicroBatch
+from megatron_llama.data.loader import MicroBatch, target_count
 from megatron_llama.runtime import Runtime
 from parallel.collectives import Handle, start_all_reduce
 from parallel.pipeline.check import check_schedule
@@ -55,10 +55,10 @@ class TrainStep:
     def prepare(self, micro_batches: Sequence[MicroBatch]) -> Batch:
         """Move a step's micro-batches to the device and start counting the targets of the global batch."""
         device = self.runtime.device
-        count = sum(int((batch.loss_mask != 0).sum()) for batch in micro_batches)  # still on the host
-        target_count = torch.tensor([count], dtype=torch.int64).to(device, non_blocking=True)
-        counted = start_all_reduce(target_count, self.runtime.groups.data)
-        return Batch([batch.to(device) for batch in micro_batches], target_count, counted)
+        count = torch.tensor([target_count(micro_batches)], dtype=torch.int64)  # still on the host
+        count = count.to(device, non_blocking=True)
+        counted = start_all_reduce(count, self.runtime.groups.data)
+        return Batch([batch.to(device) for batch in micro_batches], count, counted)
 
     def run(self, batch: Batch, learning_rate: float, stop_wished: bool = False) -> StepInfo:
         """Forward, backward, reduction and update.

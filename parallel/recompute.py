@@ -11,8 +11,6 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
-MODES = ("none", "selective", "full")
-
 
 def recompute(function: Callable[..., Any], *inputs: Any) -> Any:
     """`function(*inputs)` whose intermediate activations are dropped and made again in the backward pass.

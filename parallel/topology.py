@@ -63,9 +63,5 @@ class Topology:
         """Each group of `axis` cut into runs of `size` consecutive ranks (replicas of kv heads, say)."""
         return [g[i : i + size] for g in self.groups(axis) for i in range(0, len(g), size)]
 
-    def end_pairs(self) -> list[tuple[int, ...]]:
-        """(first stage's rank, last stage's rank) of every pipeline: where a tied embedding has its two copies."""
-        return [(g[0], g[-1]) for g in self.groups("pp")]
-
     def __str__(self) -> str:
         return f"pp {self.pp} x dp {self.dp} x cp {self.cp} x tp {self.tp} = {self.world_size} ranks"

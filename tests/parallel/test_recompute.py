@@ -4,7 +4,7 @@ import weakref
 
 import torch
 
-from parallel.recompute import MODES, recompute
+from parallel.recompute import recompute
 from tests.parallel.building import randn
 
 
@@ -57,7 +57,3 @@ def test_without_gradients_it_is_a_plain_call():
     with torch.no_grad():
         y = recompute(counted, randn(5, 4), randn(4, 4, seed=1))
     assert torch.equal(y, block(randn(5, 4), randn(4, 4, seed=1))) and len(calls) == 1
-
-
-def test_the_modes():
-    assert MODES == ("none", "selective", "full")

@@ -70,17 +70,6 @@ def test_subgroups_cut_each_group_into_consecutive_runs(topology, axis, data):
     assert joined == topology.groups(axis)
 
 
-@settings(max_examples=60, deadline=None)
-@given(topologies())
-def test_end_pairs_join_first_and_last_stage_of_the_same_pipeline(topology):
-    pairs = topology.end_pairs()
-    assert len(pairs) == topology.world_size // topology.pp
-    for first, last in pairs:
-        a, b = topology.coordinates(first), topology.coordinates(last)
-        assert (a.pp, b.pp) == (0, topology.pp - 1)
-        assert (a.dp, a.cp, a.tp) == (b.dp, b.cp, b.tp)
-
-
 def test_the_grid_of_eight_ranks_in_full():
     topology = Topology(pp=2, dp=2, tp=2)
     assert topology.groups("tp") == [(0, 1), (2, 3), (4, 5), (6, 7)]
@@ -88,7 +77,6 @@ def test_the_grid_of_eight_ranks_in_full():
     assert topology.groups("pp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
     assert topology.groups("dp", "cp") == topology.groups("dp")
     assert topology.groups("dp", "tp") == [(0, 1, 2, 3), (4, 5, 6, 7)]
-    assert topology.end_pairs() == topology.groups("pp")
     assert topology.coordinates(6) == Coordinates(pp=1, dp=1, cp=0, tp=0)
     assert str(topology) == "pp 2 x dp 2 x cp 1 x tp 2 = 8 ranks"
 
