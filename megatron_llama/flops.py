@@ -1,12 +1,13 @@
 """Parameters, floating-point operations and device peaks: what MFU is made of.
 
-With h hidden, q = heads x head dim, k = kv heads x head dim, f ffn, v vocabulary, L layers, s sequence:
+With h hidden, q = heads x head dim, k = kv heads x head dim, f ffn, v vocabulary, L layers, d the length of a document
+(where attention does not stay inside documents, each sample is one: d = s):
 
     parameters of a layer   P = h (q + 2 k) + q h + 3 h f + 2 h         (attention, SwiGLU, two norms)
     parameters              L P + v h (1 if tied else 2) + h
-    FLOPs per token         6 L (P - 2 h)  +  attention  +  6 h v       (forward 2, backward 4 per weight)
-      attention             12 L q s with all scores counted ("full"),
-                             6 L q s with the causal half alone ("causal"), a query seeing s / 2 keys on average
+    FLOPs of N tokens       N (6 L (P - 2 h) + 6 h v)  +  attention     (forward 2, backward 4 per weight)
+      attention             12 L q sum(d^2) with all scores counted ("full"),
+                             6 L q sum(d^2) with the causal half alone ("causal"), a query seeing d / 2 keys on average
 
 Source: Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", section
 5.1, with SwiGLU and grouped heads, and without recomputed work: model FLOPs, as in Chowdhery et al., "PaLM", appendix B.
@@ -60,12 +61,22 @@ def parameter_count(model: ModelConfig) -> int:
     return model.num_layers * layer_parameter_count(model) + vocabulary + model.hidden_size
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int, attention: Literal["causal", "full"] = "causal") -> int:
-    """Model FLOPs of forward and backward for one token in a sequence of `sequence_length` tokens (module docstring)."""
+def model_flops(
+    model: ModelConfig, tokens: int, squared_lengths: int, attention: Literal["causal", "full"] = "causal"
+) -> int:
+    """Model FLOPs of forward and backward over `tokens` tokens (module docstring).
+
+    `squared_lengths` is the sum over their documents of length^2.
+    """
     query = model.num_heads * (model.hidden_size // model.num_heads)
-    matrices = layer_parameter_count(model) - 2 * model.hidden_size
-    scores = {"causal": 6, "full": 12}[attention] * query * sequence_length
-    return model.num_layers * (6 * matrices + scores) + 6 * model.hidden_size * model.vocab_size
+    matrices = model.num_layers * (layer_parameter_count(model) - 2 * model.hidden_size)
+    scores = {"causal": 6, "full": 12}[attention] * model.num_layers * query
+    return tokens * 6 * (matrices + model.hidden_size * model.vocab_size) + scores * squared_lengths
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int, attention: Literal["causal", "full"] = "causal") -> int:
+    """Model FLOPs of forward and backward for one token in a sequence of `sequence_length` tokens, one document."""
+    return model_flops(model, sequence_length, sequence_length**2, attention) // sequence_length
 
 
 def dense_peak_flops(device_name: str, dtype: str = "bf16") -> float | None:
@@ -80,7 +91,7 @@ def dense_peak_flops(device_name: str, dtype: str = "bf16") -> float | None:
 
 
 def model_flops_utilization(
-    tokens_per_second: float, token_flops: int, device_count: int, peak: float | None
+    tokens_per_second: float, token_flops: float, device_count: int, peak: float | None
 ) -> float | None:
     """MFU: achieved over peak FLOP/s of all devices, a share between 0 and 1; None where the peak is not known."""
     return tokens_per_second * token_flops / (device_count * peak) if peak else None

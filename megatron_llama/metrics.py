@@ -13,13 +13,18 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_llama.json_values import finite
+
 
 @dataclass(frozen=True)
 class StepRecord:
     """What one training step reports.
 
     `loss` is the token mean over the global batch, `tokens` the tokens trained on since the run began, this step's
-    included, `mfu` a share of the devices' dense peak (None, and not written, where that is not known).
+    included. `data_wait_seconds` is the part of `step_seconds` in which the loop stood still because the next batch had not
+    been read, the mean over ranks: as all wait for the slowest, one slow rank of n shows as 1/n of its wait; on a GPU it is an
+    upper bound, since the device may still have work. The very first batch counts in neither. `mfu` is a share of the devices'
+    dense peak (None, and not written, where that is not known); attention counts inside documents where it stays inside them.
     """
 
     step: int
@@ -29,6 +34,7 @@ class StepRecord:
     tokens: int
     step_seconds: float
     tokens_per_second: float
+    data_wait_seconds: float
     mfu: float | None = None
 
 
@@ -55,10 +61,14 @@ class MetricsWriter:
             if name != "step":
                 self._tensorboard.add_scalar(f"train/{name}", value, record.step)
 
-    def write_evaluation(self, step: int, valid_loss: float) -> None:
-        """Writes the held-out loss of the model after `step` updates."""
-        self._write({"step": step, "valid_loss": valid_loss})
+    def write_evaluation(self, step: int, valid_loss: float, valid: dict[str, dict[str, float]]) -> None:
+        """Writes the held-out loss of the model after `step` updates, and by source what is known of its loss."""
+        self._write({"step": step, "valid_loss": valid_loss, "valid": valid})
         self._tensorboard.add_scalar("valid/loss", valid_loss, step)
+        for source, values in valid.items():
+            for name, value in values.items():
+                if name != "tokens":  # always the same
+                    self._tensorboard.add_scalar(f"valid/{source}/{name}", value, step)
 
     def flush(self) -> None:
         """Puts all records on disk; called before a checkpoint commits, so that none is behind it."""
@@ -73,10 +83,7 @@ class MetricsWriter:
 
     def _write(self, values: dict[str, Any]) -> None:
         """One line; floats as Python's shortest exact form, and null for a loss or norm that is not finite."""
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
-        }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.write(json.dumps(finite(values), allow_nan=False) + "\n")
         self._file.flush()
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 GIB = 2**30
+NOTABLE_WAIT = 0.01  # share of the time; below it, waiting for data is not mentioned
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,12 @@ class Interval:
     remaining_seconds: float
     mfu: float | None = None
     memory_bytes: int | None = None
+    data_wait_share: float = 0.0
     skipped_steps: int = 0
 
 
 def format_interval(interval: Interval) -> str:
-    """The progress line: step, loss, learning rate, gradient norm, speed, utilisation, time left, memory."""
+    """The progress line: step, loss, learning rate, gradient norm, speed, utilisation, time left, memory, and what is wrong."""
     width = len(str(interval.total_steps))
     parts = [
         f"step {interval.step:>{width}}/{interval.total_steps}",
@@ -38,6 +40,8 @@ def format_interval(interval: Interval) -> str:
     ]
     if interval.memory_bytes is not None:
         parts.append(f"memory {interval.memory_bytes / GIB:.2f} GiB")
+    if interval.data_wait_share > NOTABLE_WAIT:
+        parts.append(f"waits for data {interval.data_wait_share:.0%}")
     if interval.skipped_steps:
         parts.append(f"SKIPPED {interval.skipped_steps} (loss or gradient not finite)")
     return " | ".join(parts)
@@ -61,54 +65,61 @@ def format_duration(seconds: float) -> str:
     return f"{whole}s"
 
 
+@dataclass
+class Gathered:
+    """What has gathered since the last line."""
+
+    steps: int = 0
+    tokens: int = 0
+    flops: int = 0
+    seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+    skipped_steps: int = 0
+
+
 class Progress:
     """Prints progress lines; only rank 0 makes one.
 
-    `flops_per_token` counts forward and backward, `peak` is the dense FLOP/s of one device or None; `stream` None is
-    standard output.
+    `peak` is the dense FLOP/s of one device or None; `stream` None is standard output.
     """
 
     def __init__(
-        self,
-        total_steps: int,
-        tokens_per_step: int,
-        flops_per_token: int,
-        device_count: int,
-        peak: float | None = None,
-        stream: TextIO | None = None,
+        self, total_steps: int, device_count: int, peak: float | None = None, stream: TextIO | None = None
     ) -> None:
         self.total_steps = total_steps
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_token = flops_per_token
         self.device_count = device_count
         self.peak = peak
         self.stream = stream
+        self._gathered = Gathered()
+
+    def add(self, tokens: int, flops: int, seconds: float, data_wait_seconds: float = 0.0, skipped: bool = False) -> None:
+        """Takes note of one step: its tokens and FLOPs on all devices, its wall time and the part of it waited for data."""
+        gathered = self._gathered
+        gathered.steps += 1
+        gathered.tokens += tokens
+        gathered.flops += flops
+        gathered.seconds += seconds
+        gathered.data_wait_seconds += data_wait_seconds
+        gathered.skipped_steps += skipped
 
     def report(
-        self,
-        step: int,
-        loss: float,
-        learning_rate: float,
-        grad_norm: float,
-        steps: int,
-        seconds: float,
-        memory_bytes: int | None = None,
-        skipped_steps: int = 0,
+        self, step: int, loss: float, learning_rate: float, grad_norm: float, memory_bytes: int | None = None
     ) -> None:
-        """Prints the line of the interval that ended with `step`: `steps` steps in `seconds` of wall time."""
-        tokens_per_second = steps * self.tokens_per_step / seconds
-        flops_per_second = tokens_per_second * self.flops_per_token / self.device_count
+        """Prints the line of the interval that ends with `step`, and begins the next one."""
+        done, self._gathered = self._gathered, Gathered()
+        flops_per_second = done.flops / done.seconds / self.device_count
         interval = Interval(
             step=step,
             total_steps=self.total_steps,
             loss=loss,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
-            tokens_per_second=tokens_per_second,
+            tokens_per_second=done.tokens / done.seconds,
             flops_per_second=flops_per_second,
-            remaining_seconds=(self.total_steps - step) * seconds / steps,
+            remaining_seconds=(self.total_steps - step) * done.seconds / done.steps,
             mfu=flops_per_second / self.peak if self.peak else None,
             memory_bytes=memory_bytes,
-            skipped_steps=skipped_steps,
+            data_wait_share=done.data_wait_seconds / done.seconds,
+            skipped_steps=done.skipped_steps,
         )
         print(format_interval(interval), file=self.stream, flush=True)

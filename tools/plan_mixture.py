@@ -22,7 +22,7 @@ try:
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
-UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -11,12 +11,13 @@ import heapq
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_llama.data.indexed import IndexedDataset
-from megatron_llama.data.samples import Source
+from megatron_llama.data.samples import Cursor, Source
 from megatron_llama.data.vocabulary import check_ids_of, check_token_ids
 from parallel.errors import ConfigError
 
@@ -94,18 +95,20 @@ class Piece(NamedTuple):
 def read_pieces(
     datasets: Sequence[IndexedDataset], samples: Sequence[Sequence[Piece]], sequence_length: int, vocab_size: int | None
 ) -> np.ndarray:
-    """The tokens of samples of s + 1 tokens, int64 [len(samples), s + 1]. Raises DataError for an id outside the vocabulary."""
-    tokens = np.empty((len(samples), sequence_length + 1), np.int64)
+    """The tokens of samples, int64 [len(samples), s + 1], with zeros behind those that are shorter.
+
+    Raises DataError for an id outside the vocabulary.
+    """
+    tokens = np.zeros((len(samples), sequence_length + 1), np.result_type(*(dataset.dtype for dataset in datasets)))
     for row, pieces in zip(tokens, samples, strict=True):
         position = 0
         for source, start_token, num_tokens in pieces:
-            ids = datasets[source].read_raw(start_token, num_tokens)
-            if vocab_size is not None:
-                check_ids_of(datasets[source], ids, start_token, vocab_size)
-            row[position : position + num_tokens] = ids
+            row[position : position + num_tokens] = datasets[source].read_raw(start_token, num_tokens)
             position += num_tokens
-        assert position == sequence_length + 1, "the pieces of a sample are not s + 1 tokens together"
-    return tokens
+    if vocab_size is not None and tokens.size and (tokens.max() >= vocab_size or tokens.min() < 0):
+        for source, start_token, num_tokens in chain.from_iterable(samples):  # which of them is it?
+            check_ids_of(datasets[source], datasets[source].read_raw(start_token, num_tokens), start_token, vocab_size)
+    return tokens.astype(np.int64)
 
 
 class Blend:
@@ -114,7 +117,8 @@ class Blend:
     `weights` are proportions, or None for the numbers of windows. `sequence_length` s is that of the sources;
     `num_windows` is the number of different samples of all sources together. With a `vocab_size`, every token read is
     checked against it. Samples are numbered from `first_sample` on, where the sources are at their cursors. `integers`
-    are weights that are taken as they are; one of them may be 0.
+    are weights that are taken as they are; one of them may be 0. `packed` says that samples are whole documents, at most
+    s + 1 tokens of them, instead of windows.
     """
 
     def __init__(
@@ -125,8 +129,9 @@ class Blend:
         first_sample: int = 0,
         integers: Sequence[int] | None = None,
     ) -> None:
-        assert sources and len({source.sequence_length for source in sources}) == 1
+        assert sources and len({(source.sequence_length, source.packed) for source in sources}) == 1
         self.sources = list(sources)
+        self.packed = sources[0].packed
         self.sequence_length = sources[0].sequence_length
         self.num_windows = sum(source.num_windows for source in sources)
         self.vocab_size = vocab_size
@@ -146,10 +151,10 @@ class Blend:
         return sources, periods * self._integers[sources] + self._rank[entries]
 
     def pieces(self, samples: np.ndarray) -> list[list[Piece]]:
-        """Where the tokens of each sample lie: s + 1 of them in one or several pieces."""
+        """Where the tokens of each sample lie: s + 1 of them in one or several pieces, fewer in packed samples."""
         sources, draws = self.locate(samples)
         pieces: list[list[Piece]] = [[] for _ in samples]
-        for number in np.unique(sources).tolist():
+        for number in set(sources.tolist()):
             rows = np.flatnonzero(sources == number)
             for row, found in zip(rows.tolist(), self.sources[number].pieces(draws[rows]), strict=True):
                 pieces[row] = [Piece(number, *piece) for piece in found]
@@ -170,23 +175,31 @@ class Blend:
         within = np.bincount(self._table[:entries], minlength=len(self.sources)).tolist()
         return [periods * weight + count for weight, count in zip(self.weights, within, strict=True)]
 
+    def cursors(self, sample: int) -> list[Cursor]:
+        """Where each source stands before that sample."""
+        return [source.cursor_after(count) for source, count in zip(self.sources, self.draws_before(sample), strict=True)]
+
     def tokens_read(self, sample: int) -> list[int]:
         """The tokens that have been read of each source before that sample, since its first epoch."""
-        draws = self.draws_before(sample)
-        return [source.cursor_after(count).tokens for source, count in zip(self.sources, draws, strict=True)]
+        return [cursor.tokens for cursor in self.cursors(sample)]
 
 
 def build_blend(
-    entries: Sequence[tuple[str, float | None]], sequence_length: int, seed: int, vocab_size: int, shuffle: bool = True
+    entries: Sequence[tuple[str, float | None]],
+    sequence_length: int,
+    seed: int,
+    vocab_size: int,
+    shuffle: bool = True,
+    setting: str = "data.train",
 ) -> Blend:
     """Opens and checks the datasets of `entries`, each (prefix, weight or None), and mixes them.
 
     Without weights, sources are mixed in proportion to their sizes. `shuffle=False`, for evaluation, draws the windows
-    of each source in the order of its file.
+    of each source in the order of its file. `setting` is what the user gave the entries with.
 
     Raises ConfigError where there is no entry or only some have a weight, DataError for what is wrong with a dataset.
     """
-    check_entries(entries)
+    check_entries(entries, setting)
     sources = []
     for number, (prefix, _) in enumerate(entries):
         dataset = IndexedDataset(prefix)
@@ -196,10 +209,10 @@ def build_blend(
     return Blend(sources, weights or None, vocab_size)
 
 
-def check_entries(entries: Sequence[tuple[str, float | None]]) -> None:
+def check_entries(entries: Sequence[tuple[str, float | None]], setting: str = "data.train") -> None:
     """Raises ConfigError where there is no entry, or only some have a weight."""
     if not entries:
-        raise ConfigError("data.train: found no dataset, needed at least one prefix")
+        raise ConfigError(f"{setting}: found no dataset, needed at least one prefix")
     without = [prefix for prefix, weight in entries if weight is None]
     if without and len(without) < len(entries):
-        raise ConfigError(f"data.train: {without[0]} has no weight, others have; give a weight to every entry or to none")
+        raise ConfigError(f"{setting}: {without[0]} has no weight, others have; give a weight to every entry or to none")

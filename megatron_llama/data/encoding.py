@@ -51,21 +51,20 @@ class Settings:
 class Encoder:
     """Turns pieces of text into parts. An empty document has no ids, not even bos or eos, as in Megatron."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, vocabulary: str) -> None:
         self.settings = settings
         self.tokenizer = Tokenizer(settings.tokenizer_path)
         self.dtype = best_dtype(self.tokenizer.vocab_size)
-        self._encode_arrays = make_encoder(self.tokenizer, settings.engine)
+        self._encode_arrays = make_encoder(self.tokenizer, settings.engine, vocabulary)
         self._bos = [self.tokenizer.bos_id] if settings.append_bos else []
         self._eos = [self.tokenizer.eos_id] if settings.append_eos else []
-        self._valid_below = round(settings.valid_fraction * 2**64)
 
     def encode_part(self, pieces: Sequence[Piece], key: str, directory: Path, progress: Callable[[int, int], None]) -> Part:
         """Writes the part of `pieces`; `progress` is called with the bytes read and tokens made since its last call.
 
         Raises DataError for what is wrong with a line or file, or where a file changed while it was read.
         """
-        splits = SPLITS if self._valid_below else SPLITS[:1]
+        splits = SPLITS if self.settings.valid_fraction else SPLITS[:1]
         with PartWriter(directory, key, self.dtype, splits) as writer:
             batch = _Batch(self, writer, progress)
             for number, piece in enumerate(pieces):
@@ -97,10 +96,6 @@ class Encoder:
         result[of_text] = ids
         return result, full
 
-    def is_valid(self, digest: bytes) -> bool:
-        """Whether the document with this hash is held out."""
-        return int.from_bytes(digest, "big") < self._valid_below
-
     def _read_lines(self, piece: Piece, number: int, batch: _Batch) -> int:
         lines = 0
         for text in read_piece(piece, self.settings.json_key, batch.meter):
@@ -121,7 +116,8 @@ class Encoder:
     def _read_long(self, piece: Piece, batch: _Batch) -> int:
         """One document, or a part of one, in fragments."""
         can_cut = self.tokenizer.cuts_at_spaces
-        valid = bool(self._valid_below) and self.is_valid(_hash_file(piece, can_cut))
+        fraction = self.settings.valid_fraction
+        valid = bool(fraction) and _is_below(fraction, _hash_file(piece, can_cut))
         split = "valid" if valid else "train"
         batch.flush()
         any_text = not piece.starts_document
@@ -173,10 +169,11 @@ class _Batch:
             return
         ids, lengths = self._encoder.encode_documents(texts)
         text_bytes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts])
-        if not self._encoder.settings.valid_fraction:
+        fraction = self._encoder.settings.valid_fraction
+        if not fraction:
             self._write_documents("train", ids, lengths, text_bytes)
             return
-        held_out = np.array([self._encoder.is_valid(_hash(text.encode())) for text in texts])
+        held_out = np.array([is_held_out(text, fraction) for text in texts])
         by_token = np.repeat(held_out, lengths)
         for split, chosen, tokens in (("train", ~held_out, ~by_token), ("valid", held_out, by_token)):
             self._write_documents(split, ids[tokens], lengths[chosen], text_bytes[chosen])
@@ -205,8 +202,13 @@ def too_many_errors(found: int, allowed: int) -> DataError:
     return DataError(f"found {found} bad lines, more than --max-errors {allowed}; --on-error error shows the first of them")
 
 
-def _hash(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=8).digest()
+def is_held_out(text: str, valid_fraction: float) -> bool:
+    """Whether a document goes to the held-out part: a function of its text alone."""
+    return _is_below(valid_fraction, hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _is_below(fraction: float, digest: bytes) -> bool:
+    return int.from_bytes(digest, "big") < round(fraction * 2**64)
 
 
 def _hash_file(piece: Piece, can_cut: bool) -> bytes:

@@ -7,18 +7,20 @@ documents of the run, each time it is chosen.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_llama.data.tokenizer_json import tokenizer_json
 from megatron_llama.tokenizer import Tokenizer
-from megatron_llama.tokenizer_models import PACKAGE_HINT, without_special_tokens
+from megatron_llama.tokenizer_models import LLAMA_3_RUN_CHARACTERS, PACKAGE_HINT, cut_as_meta, without_special_tokens
 from parallel.errors import ConfigError, DataError
 
 ENGINES = ("auto", "sentencepiece", "gigatoken")
-CACHE_BYTES = 64 << 20  # of text, after which the engine is made anew: its cache of words only grows
+CACHE_CHARACTERS = 16 << 20  # of text, after which the engine is made anew: its cache of words only grows
+TIKTOKEN_SCHEME = "gpt4"  # its name for a pattern that splits every text as LLAMA_3_PATTERN does
 DIFFICULT_TEXTS = (
     *(
         "",
@@ -55,45 +57,57 @@ DIFFICULT_TEXTS = (
         "if x:\n\t\treturn  {'a': [1, 2]}\n",
         "a\u200bb",
         "\x7f\x80",
+        "I'll, WE'VE, it'S, 'Tis ''s '\u017f 12345\u0661\u00b2\u2160",
+        "\U000328f8's\u0c5c'd",
     ),
+)
+
+# Letters and numbers since Unicode 17, as which gigatoken's tables know them, while tiktoken's and tokenizers' do not.
+_NEWEST_CHARACTERS = re.compile(
+    "[\u088f\u0c5c\u0cdc\ua7ce\ua7cf\ua7d2\ua7d4\ua7f1\U00010940-\U00010959\U00010ec5-\U00010ec7\U00011db0-\U00011ddb"
+    "\U00011de0-\U00011de9\U00016ea0-\U00016eb8\U00016ebb-\U00016ed3\U00016ff2-\U00016ff6\U000187f8-\U000187ff"
+    "\U00018d09-\U00018d1e\U00018d80-\U00018df2\U0001e6c0-\U0001e6ff\U0002b73a-\U0002b73f\U0002cea2-\U0002cead"
+    "\U000323b0-\U00033479]"
 )
 
 EncodeArrays = Callable[[Sequence[str], np.dtype], tuple[np.ndarray, np.ndarray]]
 
 
-def make_encoder(tokenizer: Tokenizer, engine: str) -> EncodeArrays:
-    """What turns texts into ids joined and their numbers per text, with an engine that `choose_engine` has named."""
-    return tokenizer.encode_arrays if engine == "sentencepiece" else GigatokenEncoder(tokenizer)
+class Engine(NamedTuple):
+    """What encodes: `sentencepiece` (the tokenizer's own package) or `gigatoken`; a sentence that says why; the vocabulary
+    that the latter loads."""
+
+    name: str
+    note: str
+    vocabulary: str = ""
 
 
-def choose_engine(tokenizer: Tokenizer, wanted: str, documents: Callable[[], Sequence[str]]) -> tuple[str, str]:
-    """The engine to use, `sentencepiece` (the tokenizer's own package) or `gigatoken`, and a sentence that says why.
+def make_encoder(tokenizer: Tokenizer, engine: str, vocabulary: str = "") -> EncodeArrays:
+    """What turns texts into ids joined and their numbers per text, with an engine that `choose_engine` has chosen."""
+    return tokenizer.encode_arrays if engine == "sentencepiece" else GigatokenEncoder(tokenizer, vocabulary)
+
+
+def choose_engine(tokenizer: Tokenizer, wanted: str, documents: Callable[[], Sequence[str]]) -> Engine:
+    """The engine to use where `wanted` of ENGINES is asked for.
 
     `documents` gives some of the first documents, on which gigatoken has to agree with the tokenizer.
     Raises ConfigError for an engine that is asked for and not installed, DataError for one that gives other ids.
     """
     if wanted == "sentencepiece":
-        return wanted, f"{tokenizer.kind}, as asked for"
-    reason = _refuse_gigatoken(tokenizer, documents)
-    if reason is None:
-        return "gigatoken", "gigatoken: it agrees with the tokenizer on the first documents"
-    if wanted == "gigatoken":
-        raise (ConfigError if "not installed" in reason else DataError)(f"--engine gigatoken: {reason}")
-    return "sentencepiece", f"{tokenizer.kind}, not gigatoken: {reason}"
-
-
-def _refuse_gigatoken(tokenizer: Tokenizer, documents: Callable[[], Sequence[str]]) -> str | None:
-    """Why it cannot be used, or None."""
+        return Engine(wanted, f"{tokenizer.kind}, as asked for")
     if not _is_installed():
-        return f"the package is not installed: {PACKAGE_HINT}"
+        if wanted == "gigatoken":
+            raise ConfigError(f"--engine gigatoken: the package is not installed: {PACKAGE_HINT}")
+        return Engine("sentencepiece", f"{tokenizer.kind}, not gigatoken: the package is not installed: {PACKAGE_HINT}")
     try:
-        encode = GigatokenEncoder(tokenizer)
+        encoder = GigatokenEncoder(tokenizer)
         for texts in (DIFFICULT_TEXTS, list(documents())):
-            if difference := _first_difference(tokenizer, encode, texts):
-                return difference
+            _check_agreement(tokenizer, encoder, texts)
     except DataError as error:
-        return str(error)
-    return None
+        if wanted == "gigatoken":
+            raise DataError(f"--engine gigatoken: {error}") from error
+        return Engine("sentencepiece", f"{tokenizer.kind}, not gigatoken: {error}")
+    return Engine("gigatoken", "gigatoken: it agrees with the tokenizer on the first documents", encoder.vocabulary)
 
 
 def _is_installed() -> bool:
@@ -104,25 +118,22 @@ def _is_installed() -> bool:
     return True
 
 
-def _first_difference(tokenizer: Tokenizer, encode: EncodeArrays, texts: Sequence[str]) -> str | None:
+def _check_agreement(tokenizer: Tokenizer, encode: EncodeArrays, texts: Sequence[str]) -> None:
+    """Raises DataError at the first text whose ids differ."""
     if not texts:
-        return None
+        return
     dtype = np.dtype(np.int64)
-    expected, lengths = tokenizer.encode_arrays(texts, dtype)
-    found, found_lengths = encode(texts, dtype)
-    if np.array_equal(lengths, found_lengths) and np.array_equal(expected, found):
-        return None
-    for text, own, other in zip(texts, _split(expected, lengths), _split(found, found_lengths), strict=True):
-        if not np.array_equal(own, other):
-            place = next(
-                (i for i, pair in enumerate(zip(own, other, strict=False)) if pair[0] != pair[1]), min(len(own), len(other))
-            )
-            shown = text if len(text) <= 60 else f"{text[:60]}..."
-            return (
-                f"it gives other ids than {tokenizer.kind}, from token {place} of {shown!r} on: "
-                f"{other[place : place + 5].tolist()} instead of {own[place : place + 5].tolist()}"
-            )
-    return "it gives other lengths"
+    expected, found = (_split(*encode_arrays(texts, dtype)) for encode_arrays in (tokenizer.encode_arrays, encode))
+    for text, own, other in zip(texts, expected, found, strict=True):
+        if np.array_equal(own, other):
+            continue
+        short = min(len(own), len(other))
+        place = next(iter(np.flatnonzero(own[:short] != other[:short])), short)
+        shown = text if len(text) <= 60 else f"{text[:60]}..."
+        raise DataError(
+            f"it gives other ids than {tokenizer.kind}, from token {place} of {shown!r} on: "
+            f"{other[place : place + 5].tolist()} instead of {own[place : place + 5].tolist()}"
+        )
 
 
 def _split(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
@@ -130,38 +141,53 @@ def _split(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 
 
 class GigatokenEncoder:
-    """Encodes with gigatoken, on one thread. Raises DataError where it cannot load the tokenizer."""
+    """Encodes with gigatoken, on one thread, text by text: its calls for many texts are slower and import much more.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._json = json.dumps(_model_json(tokenizer))
-        self._path = tokenizer.path
+    `vocabulary` is what another encoder for the same tokenizer had: making it anew takes time and memory.
+    Raises DataError for a tokenizer that gigatoken cannot load.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: str = "") -> None:
+        self.vocabulary = vocabulary or _vocabulary(tokenizer)
+        self._tokenizer = tokenizer
         self._engine: Any = self._load()
-        self._characters = 0
+        self._characters = 0  # that it has encoded
 
     def __call__(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         """As `Tokenizer.encode_arrays`."""
-        self._characters += sum(map(len, texts))
-        if self._characters > CACHE_BYTES:
+        if self._characters > CACHE_CHARACTERS:
+            self._engine = None  # first, so that there are never two of them in memory
             self._engine, self._characters = self._load(), 0
-        layout = self._engine.encode_batch(list(texts), parallel=False).layout
-        offsets = np.asarray(layout.offsets.data).astype(np.int64)
-        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
-        return ids.astype(dtype), np.diff(offsets)
+        self._characters += sum(map(len, texts))
+        encode = self._engine.encode if self._tokenizer.kind == "sentencepiece" else self._encode_words
+        ids = [encode(text) for text in texts]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.concatenate(ids, dtype=dtype, casting="unsafe") if ids else np.empty(0, dtype), lengths
+
+    def _encode_words(self, text: str) -> np.ndarray | list[int]:
+        """The ids of a text that the tokenizer first splits at letters and numbers."""
+        if not text.isascii() and _NEWEST_CHARACTERS.search(text):
+            return self._tokenizer.encode(text)
+        if self._tokenizer.kind != "tiktoken" or len(text) <= LLAMA_3_RUN_CHARACTERS:
+            return self._engine.encode(text)
+        return np.concatenate([self._engine.encode(part) for part in cut_as_meta(text)])
 
     def _load(self) -> Any:
         import gigatoken
 
         try:
-            return gigatoken.Tokenizer.from_json(self._json)
+            if self._tokenizer.kind == "tiktoken":
+                return gigatoken.Tokenizer.from_tiktoken(self.vocabulary, TIKTOKEN_SCHEME).backend
+            return gigatoken.Tokenizer.from_json(self.vocabulary).backend
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a panic of its Rust code is no Exception
-            raise DataError(f"gigatoken cannot load {self._path}: {error}") from None
+            raise DataError(f"gigatoken cannot load {self._tokenizer.path}: {error}") from None
 
 
-def _model_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    if tokenizer.kind == "tokenizers":
-        return without_special_tokens(json.loads(tokenizer.content))
-    if tokenizer.kind == "sentencepiece":
-        return without_special_tokens(tokenizer_json(tokenizer))
-    raise DataError(f"gigatoken does not read files for {tokenizer.kind}")
+def _vocabulary(tokenizer: Tokenizer) -> str:
+    """The path of a tiktoken file, or the content of a `tokenizer.json`."""
+    if tokenizer.kind == "tiktoken":
+        return str(tokenizer.path)
+    content = tokenizer_json(tokenizer) if tokenizer.kind == "sentencepiece" else json.loads(tokenizer.content)
+    return json.dumps(without_special_tokens(content))

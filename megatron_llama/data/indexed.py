@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import functools
 import json
+import mmap
 import struct
 import zlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,7 +42,7 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 DIRECTORY_PREFIX = "dataset"  # of a dataset that is a directory
-BLOCK_ENTRIES = 1 << 20  # the index is written and validated in blocks of this many entries
+BLOCK_ENTRIES = 1 << 16  # the index is written and validated in blocks of this many entries
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
@@ -205,6 +207,7 @@ class IndexedDataset:
         _check_modes(self.index_path, index, offset + 8 * document_entries)
         self.num_tokens = self._check_sequences()
         self._check_documents()
+        index.base.madvise(mmap.MADV_DONTNEED)  # all of it was read; what is used comes back
         self._tokens = TokenReader(self.prefix, self.num_tokens * self.dtype.itemsize)
         self.bin_path = self._tokens.path
 
@@ -248,8 +251,18 @@ class IndexedDataset:
 
         An empty sequence begins where the next one does.
         """
-        first, last = np.searchsorted(self._positions, np.array([start_token, start_token + count]) * self.dtype.itemsize)
+        # np.searchsorted would copy all positions first: they are not aligned
+        first = bisect_left(self._positions, start_token * self.dtype.itemsize)
+        last = bisect_left(self._positions, (start_token + count) * self.dtype.itemsize, first)
         return self._positions[first:last] // self.dtype.itemsize - start_token
+
+    def document_at(self, token: int) -> tuple[int, int, int]:
+        """The document in which a token of the stream lies: its number, its first token, its length in tokens."""
+        sequence = bisect_right(self._positions, token * self.dtype.itemsize) - 1
+        number = bisect_right(self.document_indices, sequence) - 1
+        first, end = (int(entry) for entry in self.document_indices[number : number + 2])
+        length = int(self.sequence_lengths[first:end].sum(dtype=np.int64))
+        return number, int(self._positions[first]) // self.dtype.itemsize, length
 
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint stores to recognise the dataset, whatever its path: sizes, and checksums of samples."""

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_llama.data.blend import Blend
-from megatron_llama.data.boundaries import boundaries, document_starts
+from megatron_llama.data.blend import Blend, Piece, read_pieces
+from megatron_llama.data.boundaries import boundaries, counted_targets, document_starts
 from parallel.errors import ConfigError
 from parallel.kernels.documents import Documents
 
@@ -27,8 +27,8 @@ from parallel.kernels.documents import Documents
 class MicroBatch:
     """What one forward pass of one data-parallel rank reads.
 
-    `targets` are the tokens one position further; a target counts where `loss_mask` is not 0; `positions` are absolute
-    in the window, 0 to s - 1.
+    `targets` are the tokens one position further; a target counts where `loss_mask` is not 0. `positions` are those in the
+    document, or without `documents` those in the sample, 0 to s - 1.
     """
 
     tokens: Tensor  # [s, b] int64
@@ -51,16 +51,19 @@ def target_count(micro_batches: list[MicroBatch]) -> int:
     return sum(int(torch.count_nonzero(micro_batch.loss_mask)) for micro_batch in micro_batches)
 
 
-def _micro_batch(
-    samples: np.ndarray, num_valid: int, starts: list[np.ndarray] | None
-) -> MicroBatch:  # [b, s + 1] -> [s, b]
-    """Samples from `num_valid` on are padding: their targets do not count. `starts`: where documents begin in each sample."""
-    tokens = torch.from_numpy(np.ascontiguousarray(samples.T))  # [s + 1, b]
-    loss_mask = torch.ones(tokens[1:].shape, dtype=torch.float32)
-    loss_mask[:, num_valid:] = 0.0
-    positions, documents = torch.arange(len(tokens) - 1)[:, None], None
-    if starts is not None:
-        positions, documents = boundaries(starts, len(tokens) - 1)
+def micro_batch(blend: Blend, samples: Sequence[Sequence[Piece]], size: int, document_mask: bool) -> MicroBatch:
+    """The micro-batch of `size` samples, given as their pieces; where they are fewer, padding whose targets don't count.
+
+    Raises DataError for a token id outside the vocabulary.
+    """
+    samples = [*samples, *([] for _ in range(size - len(samples)))]
+    length, datasets = blend.sequence_length, [source.dataset for source in blend.sources]
+    rows = read_pieces(datasets, samples, length, blend.vocab_size)  # [b, s + 1]
+    tokens = torch.from_numpy(np.ascontiguousarray(rows.T))  # [s + 1, b]
+    loss_mask = torch.from_numpy(np.ascontiguousarray(counted_targets(blend, samples).T))
+    positions, documents = torch.arange(length)[:, None], None
+    if document_mask:
+        positions, documents = boundaries(document_starts(blend, samples), length)
     return MicroBatch(tokens[:-1].contiguous(), tokens[1:].contiguous(), loss_mask, positions, documents)
 
 
@@ -80,6 +83,7 @@ class Loader:
         dp_size: int,
         document_mask: bool = False,
     ) -> None:
+        assert document_mask or not blend.packed, "documents that share a sample must not see each other"
         assert sequence_length == blend.sequence_length, f"{sequence_length}, but the blend has {blend.sequence_length}"
         assert 0 <= dp_rank < dp_size
         multiple = micro_batch_size * dp_size
@@ -105,13 +109,10 @@ class Loader:
         """
         local_samples = self.num_micro_batches * self.micro_batch_size
         start = first_sample + self.dp_rank * local_samples
-        numbers = np.arange(start, start + local_samples)
-        parts = self.blend.samples(numbers).reshape(self.num_micro_batches, self.micro_batch_size, -1)  # [m, b, s + 1]
-        if not self.document_mask:
-            return [_micro_batch(part, self.micro_batch_size, None) for part in parts]
-        starts = document_starts(self.blend, numbers)
+        pieces = self.blend.pieces(np.arange(start, start + local_samples))
         size = self.micro_batch_size
-        return [_micro_batch(part, size, starts[m * size : (m + 1) * size]) for m, part in enumerate(parts)]
+        parts = [pieces[first : first + size] for first in range(0, local_samples, size)]
+        return [micro_batch(self.blend, part, size, self.document_mask) for part in parts]
 
 
 def evaluation_micro_batches(
@@ -134,14 +135,8 @@ def evaluation_micro_batches(
     micro_batches = []
     for round_start in range(first_sample, end, per_round):
         start = round_start + dp_rank * micro_batch_size
-        num_valid = min(max(end - start, 0), micro_batch_size)
-        samples = np.zeros((micro_batch_size, blend.sequence_length + 1), np.int64)
-        numbers = np.arange(start, start + num_valid)
-        samples[:num_valid] = blend.samples(numbers)
-        starts = None
-        if document_mask:
-            starts = document_starts(blend, numbers) + [np.empty(0, np.int64)] * (micro_batch_size - num_valid)
-        micro_batches.append(_micro_batch(samples, num_valid, starts))
+        numbers = np.arange(start, max(start, min(end, start + micro_batch_size)))
+        micro_batches.append(micro_batch(blend, blend.pieces(numbers), micro_batch_size, document_mask))
     return micro_batches
 
 

@@ -166,6 +166,7 @@ class MegatronBlend:
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size
         self.first_sample = 0
+        self.packed = False
         sizes: list[int | None] = [None] * len(entries)
         weights = [weight for _, weight in entries if weight is not None]
         if weights:

@@ -88,7 +88,7 @@ def plan_mixture(
     Where a source would exceed its max_epochs, rows say so (`on_cap` error), or its share goes to the others.
     Raises ConfigError for impossible weights and if all sources together are too small, DataError for a source too short.
     """
-    windows = [Windows(source.tokens, sequence_length, 0, 0).num_windows for source in sources]
+    windows = [Windows(source.tokens, sequence_length, 0, 0).num_samples for source in sources]
     for source, count in zip(sources, windows, strict=True):
         if count < 1:
             raise DataError(f"{source.name}: {source.tokens} tokens are too few for a sample of {sequence_length}")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_llama.data.permutation import derive_key, permute
+from megatron_llama.data.rest import Runs
 from parallel.errors import DataError
 
 BLOCK_DOCUMENTS = 1 << 20
@@ -65,90 +68,148 @@ def best_fit(histogram: np.ndarray, capacity: int) -> tuple[list[Fill], int]:
     return fills, num_samples
 
 
+class PackedRuns:
+    """Runs of tokens packed into samples of at most `capacity` tokens, drawn in the order that `key` chooses.
+
+    A sample holds whole runs, and pieces of those that are longer, which overlap by one token so that each token but the
+    first of its run is a target once. A run of one token has no target and is left out.
+    """
+
+    def __init__(self, runs: Runs, capacity: int, key: int) -> None:
+        starts, lengths = runs
+        full, rest = _cuts(lengths, capacity)
+        fills, self.num_samples = best_fit(_histogram(full, rest, capacity), capacity)
+        pieces = full + (rest > 0)
+        owner = np.repeat(np.arange(len(lengths), dtype=np.int32), pieces)
+        nth = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        tokens = np.where(nth < full[owner], capacity, rest[owner]).astype(np.int32)
+        samples = [np.repeat(np.arange(fill.first, fill.first + fill.count), fill.per_sample) for fill in fills]
+        sample = np.concatenate([np.zeros(0, np.int64), *samples])  # of each piece, the longest first
+        order = _stable_order(capacity - tokens)[_stable_order(sample)]
+        self.key = key
+        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(sample, minlength=self.num_samples))])
+        self._starts = (starts[owner] + nth * (capacity - 1))[order]
+        self._tokens = tokens[order]
+
+    def samples(self, draws: np.ndarray) -> list[list[tuple[int, int]]]:
+        """Per draw its pieces, (first token, number of tokens) each."""
+        rows = permute(draws, self.num_samples, self.key)
+        chosen = [slice(first, last) for first, last in zip(self._bounds[rows], self._bounds[rows + 1], strict=True)]
+        return [list(zip(self._starts[row].tolist(), self._tokens[row].tolist(), strict=True)) for row in chosen]
+
+    def after(self, draws: int) -> Runs:
+        """What the first `draws` samples have left, pieces of one run that follow one another joined again."""
+        rows = permute(np.arange(draws), self.num_samples, self.key)
+        left = np.ones(self.num_samples, bool)
+        left[rows] = False
+        kept = np.repeat(left, np.diff(self._bounds))
+        order = np.argsort(self._starts[kept], kind="stable")
+        starts, last_tokens = self._starts[kept][order], (self._starts + self._tokens - 1)[kept][order]
+        first = np.concatenate([[True], starts[1:] != last_tokens[:-1]])[: len(starts)]
+        last = np.concatenate([first[1:], [True]])[: len(starts)]
+        return starts[first], last_tokens[last] - starts[first] + 1
+
+
 class Packing:
-    """The packed samples of a source; sample k is a pure function of (lengths, sequence_length, seed, source_key, k).
+    """The endless order of the packed samples of the documents of a dataset; what `Windows` is for windows.
 
-    `lengths` are those of the documents, in tokens. A sample holds at most s + 1 tokens: whole documents, and pieces of
-    those that are longer, which overlap by one token so that each token but the first is a target once. A document of
-    one token has no target and is left out. Documents are packed in blocks of BLOCK_DOCUMENTS that are drawn at random;
-    an epoch puts the blocks, and the samples within them, in an order of its own.
+    `lengths` are those of the documents in tokens, `starts(numbers)` gives their first tokens. Documents are packed in
+    blocks of BLOCK_DOCUMENTS that are drawn at random, always the same ones; an epoch puts the blocks, and the samples
+    within each, in an order of its own. In the terms of a cursor, a block is a group.
 
-    A pass over all lengths counts the samples; then the plan of one block is in memory, about 40 bytes a document.
+    A pass over all lengths counts the samples; then one block is in memory, about 20 bytes a document, 120 while it is packed.
     Raises DataError where no document has two tokens.
     """
 
     def __init__(
         self,
         lengths: np.ndarray,
+        starts: Callable[[np.ndarray], np.ndarray],
         sequence_length: int,
         seed: int,
-        source_key: str | int = 0,
-        block_documents: int = BLOCK_DOCUMENTS,
+        source_key: str | int,
     ) -> None:
-        self.lengths = lengths
+        self.lengths, self.starts = lengths, starts
         self.capacity = sequence_length + 1
         self.key = derive_key(seed, source_key, "packing")
-        self.block_documents = block_documents
-        self.num_blocks = -(-len(lengths) // block_documents)
+        self.num_blocks = -(-len(lengths) // BLOCK_DOCUMENTS)
         counts, tokens = [], 0
         for block in range(self.num_blocks):
-            histogram = self._histogram(self.lengths[self._documents(block)])
+            histogram = _histogram(*_cuts(lengths[self._documents(block)], self.capacity), self.capacity)
             counts.append(best_fit(histogram, self.capacity)[1])
             tokens += int((histogram * np.arange(self.capacity + 1)).sum())
         self._samples_of_block = np.array(counts, np.int64)
-        self.num_samples = int(self._samples_of_block.sum())
+        self.num_samples = int(self._samples_of_block.sum())  # in an epoch
         if not self.num_samples:
             raise DataError(f"found {len(lengths)} documents, none of them with {MIN_PIECE} tokens: nothing to pack")
-        self.padding = 1 - tokens / (self.num_samples * self.capacity)  # share of all positions
-        self._planned: tuple[int, tuple[np.ndarray, ...]] | None = None
+        self.padding = 1 - tokens / (self.num_samples * self.capacity)  # share of the tokens of all samples
+        # Samples are drawn one after the other, so the block that is being read is kept.
+        self._packed = lru_cache(maxsize=1)(self._pack)
+        self._order = lru_cache(maxsize=2)(self._compute_order)
 
-    def sample(self, number: int) -> list[tuple[int, int, int]]:
-        """The pieces of a sample, (document, offset, length) each: together at most s + 1 tokens."""
+    def samples(self, numbers: np.ndarray) -> list[list[tuple[int, int]]]:
+        """Per sample its pieces, (first token, number of tokens) each: together at most s + 1 tokens."""
+        places: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (epoch, group) -> (row of the result, place)
+        for row, number in enumerate(numbers.tolist()):
+            epoch, group, place = self.place(number)
+            places.setdefault((epoch, group), []).append((row, place))
+        found: list[list[tuple[int, int]]] = [[] for _ in numbers]
+        for block, inside in places.items():
+            rows, drawn = zip(*inside, strict=True)
+            for row, pieces in zip(rows, self._packed(*block).samples(np.array(drawn)), strict=True):
+                found[row] = pieces
+        return found
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """Where a sample stands: epoch, group, and how many samples of the group come before it."""
         epoch, within = divmod(number, self.num_samples)
+        group = int(np.searchsorted(self._order(epoch)[1], within, side="right"))
+        return epoch, group, number - self.first(epoch, group)
+
+    def first(self, epoch: int, group: int) -> int:
+        """The number of the first sample of a group; that of the next epoch where the group is past the last."""
+        return epoch * self.num_samples + (int(self._order(epoch)[1][group - 1]) if group else 0)
+
+    def rest(self, epoch: int, group: int, reads: Sequence[tuple[int, int]]) -> PackedRuns:
+        """What reads of (sequence length, number of samples) have left of a group, packed anew."""
+        runs, key = self._runs(epoch, group)
+        for number, (length, count) in enumerate(reads):
+            runs = PackedRuns(runs, length + 1, derive_key(key, number)).after(count)
+        return PackedRuns(runs, self.capacity, derive_key(key, len(reads)))
+
+    def _pack(self, epoch: int, group: int) -> PackedRuns:
+        return self.rest(epoch, group, ())
+
+    def _runs(self, epoch: int, group: int) -> tuple[Runs, int]:
+        """The documents of a group, and the key of its order."""
+        block = int(self._order(epoch)[0][group])
+        documents = self._documents(block)
+        return (self.starts(documents), self.lengths[documents]), derive_key(self.key, epoch, block)
+
+    def _compute_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks in the order of an epoch, and at which of its samples each ends."""
         order = permute(np.arange(self.num_blocks), self.num_blocks, derive_key(self.key, epoch))
-        ends = np.cumsum(self._samples_of_block[order])
-        place = int(np.searchsorted(ends, within, side="right"))
-        block = int(order[place])
-        size = int(self._samples_of_block[block])
-        row = int(permute(within - int(ends[place]) + size, size, derive_key(self.key, epoch, block)))
-        if self._planned is None or self._planned[0] != block:
-            self._planned = block, self._plan(block)
-        bounds, documents, offsets, lengths = self._planned[1]
-        chosen = slice(int(bounds[row]), int(bounds[row + 1]))
-        return list(zip(documents[chosen].tolist(), offsets[chosen].tolist(), lengths[chosen].tolist(), strict=True))
+        return order, np.cumsum(self._samples_of_block[order])
 
     def _documents(self, block: int) -> np.ndarray:
-        places = np.arange(block * self.block_documents, min((block + 1) * self.block_documents, len(self.lengths)))
+        places = np.arange(block * BLOCK_DOCUMENTS, min((block + 1) * BLOCK_DOCUMENTS, len(self.lengths)))
         return permute(places, len(self.lengths), self.key)
 
-    def _cuts(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The number of full pieces of each document, and the length of what is left of it (0 where below MIN_PIECE)."""
-        step = self.capacity - 1
-        full = np.maximum(lengths.astype(np.int64) - 1, 0) // step
-        rest = lengths - full * step
-        return full, np.where(rest < MIN_PIECE, 0, rest)
 
-    def _histogram(self, lengths: np.ndarray) -> np.ndarray:
-        full, rest = self._cuts(lengths)
-        histogram = np.bincount(rest, minlength=self.capacity + 1)
-        histogram[0] = 0
-        histogram[self.capacity] += full.sum()
-        return histogram
+def _cuts(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """The number of full pieces of each run, and the length of what is left of it (0 where below MIN_PIECE)."""
+    step = capacity - 1
+    full = np.maximum(lengths.astype(np.int64) - 1, 0) // step
+    rest = lengths - full * step
+    return full, np.where(rest < MIN_PIECE, 0, rest)
 
-    def _plan(self, block: int) -> tuple[np.ndarray, ...]:
-        """Of each sample the bounds of its pieces; of each piece document, offset and length."""
-        documents = self._documents(block)
-        full, rest = self._cuts(self.lengths[documents])
-        fills, num_samples = best_fit(self._histogram(self.lengths[documents]), self.capacity)
-        pieces = full + (rest > 0)
-        owner = np.repeat(np.arange(len(documents), dtype=np.int32), pieces)
-        nth = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        lengths = np.where(nth < full[owner], self.capacity, rest[owner]).astype(np.int32)
-        by_length = _stable_order(self.capacity - lengths)
-        samples = np.concatenate([np.repeat(np.arange(f.first, f.first + f.count), f.per_sample) for f in fills])
-        order = by_length[_stable_order(samples)]
-        bounds = np.concatenate([[0], np.cumsum(np.bincount(samples, minlength=num_samples))])
-        return bounds, documents[owner[order]], (nth * (self.capacity - 1))[order], lengths[order]
+
+def _histogram(full: np.ndarray, rest: np.ndarray, capacity: int) -> np.ndarray:
+    """How many pieces of each length the cuts give."""
+    histogram = np.bincount(rest, minlength=capacity + 1)
+    histogram[0] = 0
+    histogram[capacity] += full.sum()
+    return histogram
 
 
 def _stable_order(values: np.ndarray) -> np.ndarray:

@@ -69,12 +69,13 @@ def preprocess(
     tokenizer = Tokenizer(settings.tokenizer_path)
     files = stat_inputs(expand_inputs(inputs), documents)  # a missing input is found now rather than after hours
     sample = functools.partial(first_documents, files, settings.json_key, tokenizer.cuts_at_spaces)
-    engine, engine_note = choose_engine(tokenizer, settings.engine, sample)
-    settings = replace(settings, engine=engine)
+    engine = choose_engine(tokenizer, settings.engine, sample)
+    settings = replace(settings, engine=engine.name)
     tasks = _plan(files, settings, tokenizer, piece_bytes, keep_parts)
     prefix = Path(prefix)
     with work_directory(prefix, {key for key, _ in tasks}) as directory:
-        parts, resumed = _encode_all(tasks, directory, settings, workers, progress or (lambda read, tokens: None))
+        start = functools.partial(EncodingWorker, settings, directory, engine.vocabulary)
+        parts, resumed = _encode_all(tasks, start, settings, workers, progress or (lambda read, tokens: None))
         summary = _summarize(tasks, parts, resumed, settings.valid_fraction)
         if summary.tokens + (summary.valid.tokens if summary.valid else 0) == 0:
             shutil.rmtree(directory)
@@ -84,10 +85,10 @@ def preprocess(
         for split, counts in (("valid", summary.valid), ("train", summary)):
             if counts is not None:
                 target = prefix if split == "train" else Path(f"{prefix}-valid")
-                sidecar = functools.partial(_sidecar, tokenizer, settings, counts)
+                sidecar = functools.partial(_sidecar, tokenizer, settings, split, counts)
                 _write(target, directory, in_order, split, best_dtype(tokenizer.vocab_size), sidecar, keep_parts)
         shutil.rmtree(directory)
-    summary.engine_note = engine_note
+    summary.engine_note = engine.note
     return summary
 
 
@@ -106,13 +107,12 @@ def _plan(
 
 
 def _encode_all(
-    tasks: Sequence[Task], directory: Path, settings: Settings, workers: int, progress: Progress
+    tasks: Sequence[Task], start: Callable[[], EncodingWorker], settings: Settings, workers: int, progress: Progress
 ) -> tuple[dict[str, Part], int]:
     """All parts by key, and how many were found finished. Stops where the bad lines of all parts are too many."""
     unique = dict(tasks)  # a file that is given twice is encoded once
     parts: dict[str, Part] = {}
     resumed = errors = 0
-    start = functools.partial(EncodingWorker, settings, directory)
     for key, (part, was_found) in run_tasks(list(unique.items()), start, min(workers, len(unique)), progress):
         parts[key] = part
         resumed += was_found
@@ -125,8 +125,8 @@ def _encode_all(
 class EncodingWorker:
     """Makes parts, in this process or in another one, or finds them finished."""
 
-    def __init__(self, settings: Settings, directory: Path) -> None:
-        self._encoder = Encoder(settings)
+    def __init__(self, settings: Settings, directory: Path, vocabulary: str) -> None:
+        self._encoder = Encoder(settings, vocabulary)
         self._directory = directory
 
     def __call__(self, task: Task, progress: Progress) -> tuple[Part, bool]:
@@ -148,8 +148,12 @@ def _summarize(tasks: Sequence[Task], parts: dict[str, Part], resumed: int, vali
     return summary
 
 
-def _sidecar(tokenizer: Tokenizer, settings: Settings, counts: Counts, histogram: list[int]) -> dict[str, object]:
+def _sidecar(
+    tokenizer: Tokenizer, settings: Settings, split: str, counts: Counts, histogram: list[int]
+) -> dict[str, object]:
+    part = {"split": split, "valid_fraction": settings.valid_fraction} if settings.valid_fraction else {}
     return {
+        **part,
         "tokenizer": tokenizer.path.name,
         "tokenizer_sha256": tokenizer.sha256,
         "engine": settings.engine,

@@ -1,7 +1,8 @@
-"""Which window of a dataset is drawn when: a pure function of the draw's number, nothing stored."""
+"""Which sample of a dataset is drawn when: a pure function of the draw's number, nothing stored."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_llama.data.indexed import IndexedDataset
+from megatron_llama.data.packing import Packing
 from megatron_llama.data.permutation import derive_key, permute
 from megatron_llama.data.rest import Rest, Runs, subtract
 from parallel.errors import ConfigError, DataError
@@ -24,7 +26,7 @@ class Cursor:
     """How far a source has been read: it stands in `group` of `epoch`, of which `reads` have been made.
 
     A read is (sequence_length, number of samples); there is more than one only where the sequence length changed within
-    the group. `tokens` were read in all, since the first epoch.
+    the group. `tokens` were read in all, since the first epoch: s for each sample, the padding of packed ones included.
     """
 
     epoch: int = 0
@@ -50,30 +52,61 @@ class Windows:
     where s doesn't divide BLOCK_TOKENS the rest of each is left out: less than one window in 2^20 tokens.
     """
 
-    def __init__(self, num_tokens: int, sequence_length: int, seed: int, source_key: str | int) -> None:
+    def __init__(
+        self, num_tokens: int, sequence_length: int, seed: int, source_key: str | int, shuffle: bool = True
+    ) -> None:
         self.num_tokens, self.sequence_length = num_tokens, sequence_length
         self.seed, self.source_key = seed, source_key
+        self.shuffle = shuffle
         self.full_blocks = max(0, num_tokens - 1) // BLOCK_TOKENS
         self.block_windows = BLOCK_TOKENS // sequence_length
         self.tail_tokens = max(0, num_tokens - 1) % BLOCK_TOKENS
-        self.num_windows = self.full_blocks * self.block_windows + self.tail_tokens // sequence_length  # in an epoch
+        in_blocks = self.full_blocks * self.block_windows + self.tail_tokens // sequence_length
+        self.num_samples = in_blocks if shuffle else max(0, num_tokens - 1) // sequence_length  # in an epoch
         self.group_windows = GROUP_BLOCKS * self.block_windows
         # Draws come one after the other, so some of them are computed at once, and the last ones are kept.
-        self._turn = min(AHEAD, max(MIN_AHEAD, self.num_windows))
+        self._turn = min(AHEAD, max(MIN_AHEAD, self.num_samples))
         self._turn_starts = lru_cache(maxsize=2)(self._compute_turn)
 
-    def starts(self, draws: np.ndarray) -> np.ndarray:
-        """The first token of each draw, int64."""
-        starts = np.empty_like(draws)
-        turns, places = np.divmod(draws, self._turn)
-        for turn in np.unique(turns).tolist():
+    def samples(self, numbers: np.ndarray) -> list[list[tuple[int, int]]]:
+        """Per sample its one piece, (first token, s + 1)."""
+        return [[(start, self.sequence_length + 1)] for start in self.starts(numbers).tolist()]
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """Where a sample stands: epoch, group, and how many samples of the group come before it."""
+        epoch, within = divmod(number, self.num_samples)
+        return epoch, *divmod(within, self.group_windows)
+
+    def first(self, epoch: int, group: int) -> int:
+        """The number of the first sample of a group; that of the next epoch where the group is past the last."""
+        return epoch * self.num_samples + min(group * self.group_windows, self.num_samples)
+
+    def rest(self, epoch: int, group: int, reads: Sequence[tuple[int, int]]) -> Rest:
+        """What reads of (sequence length, number of samples) have left of a group, as samples of this length."""
+        (length, count), *others = reads
+        before = Windows(self.num_tokens, length, self.seed, self.source_key)
+        starts = before.group_starts(epoch, group, np.arange(count, dtype=np.int64))
+        runs = subtract(before.group_runs(epoch, group), (starts, np.full(count, length)))
+        key = before.group_key(epoch, group)
+        for number, (length, count) in enumerate(others):
+            rest = Rest(runs, length, derive_key(key, "rest", number))
+            runs = subtract(rest.runs, rest.pieces(np.arange(count)))
+        return Rest(runs, self.sequence_length, derive_key(key, "rest", len(others)))
+
+    def starts(self, numbers: np.ndarray) -> np.ndarray:
+        """The first token of each sample, int64."""
+        if not self.shuffle:
+            return numbers % self.num_samples * self.sequence_length
+        starts = np.empty_like(numbers)
+        turns, places = np.divmod(numbers, self._turn)
+        for turn in set(turns.tolist()):
             chosen = turns == turn
             starts[chosen] = self._turn_starts(turn)[places[chosen]]
         return starts
 
     def _compute_turn(self, turn: int) -> np.ndarray:
-        """The first tokens of the draws [turn x _turn, (turn + 1) x _turn)."""
-        epochs, within = np.divmod(turn * self._turn + np.arange(self._turn, dtype=np.int64), self.num_windows)
+        """The first tokens of the samples [turn x _turn, (turn + 1) x _turn)."""
+        epochs, within = np.divmod(turn * self._turn + np.arange(self._turn, dtype=np.int64), self.num_samples)
         groups = within // self.group_windows
         starts = np.empty_like(within)
         for epoch in np.unique(epochs).tolist():
@@ -84,7 +117,7 @@ class Windows:
 
     def group_starts(self, epoch: int, group: int, within: np.ndarray) -> np.ndarray:
         """The first tokens of the windows drawn at the places `within` of a group."""
-        size = min(self.group_windows, self.num_windows - group * self.group_windows)
+        size = min(self.group_windows, self.num_samples - group * self.group_windows)
         slots, windows = np.divmod(permute(within, size, self.group_key(epoch, group)), self.block_windows)
         return self._block_starts(epoch, group * GROUP_BLOCKS + slots) + windows * self.sequence_length
 
@@ -113,14 +146,15 @@ class Source:
     """One dataset as an endless series of samples; draw j is a pure function of (dataset, seed, source_key, cursor, j).
 
     A sample is a window of s + 1 tokens: s inputs and, one further, s targets. Every epoch draws each window once, in the
-    order of `Windows`, or in the order of the file with `shuffle=False`. `source_key` tells sources of one blend apart
-    (their number, say); the path of the files plays no part.
+    order of `Windows`, or in the order of the file with `shuffle=False`. With `packed`, a sample is at most s + 1 tokens of
+    whole documents, in the order of `Packing`. `source_key` tells sources of one blend apart (their number, say); the path
+    of the files plays no part.
 
     `cursor` is where draw 0 is. Where it stands in a group that was read with another sequence length, what is left of
-    that group comes first, cut anew: nothing is read twice in an epoch, and less than one sample is left out. Only there
-    does a sample consist of several pieces.
+    that group comes first, cut or packed anew: nothing is read twice in an epoch. Of windows less than one sample is left
+    out then, and only there does a window consist of several pieces.
 
-    Raises DataError where the dataset is too short for one window, ConfigError where the windows are too long.
+    Raises DataError where the dataset is too short for one sample, ConfigError where the samples are too long.
     """
 
     def __init__(
@@ -131,57 +165,66 @@ class Source:
         source_key: str | int,
         shuffle: bool = True,
         cursor: Cursor = START,
+        packed: bool = False,
     ) -> None:
         if sequence_length > BLOCK_TOKENS:
             raise ConfigError(f"train.sequence_length = {sequence_length} is too large; it may be at most {BLOCK_TOKENS}")
         self.dataset = dataset
         self.sequence_length = sequence_length
-        self.seed = seed
-        self.source_key = source_key
-        self.shuffle = shuffle
+        self.packed = packed
         self.cursor = cursor
-        self.windows = Windows(dataset.num_tokens, sequence_length, seed, source_key)
-        self.num_windows = self.windows.num_windows if shuffle else (dataset.num_tokens - 1) // sequence_length
-        if self.num_windows < 1:
-            raise DataError(
-                f"{dataset.bin_path}: {dataset.num_tokens} tokens are too few for one sample of sequence_length + 1 = "
-                f"{sequence_length + 1}; use more text or a smaller train.sequence_length"
-            )
+        self.order = self._open_order(seed, source_key, shuffle)
+        self.num_windows = self.order.num_samples
         history = cursor.reads
         self._rest_offset = history[-1][1] if history and history[-1][0] == sequence_length else 0
         self._history = history[:-1] if self._rest_offset else history
-        self._rest = self._left_over() if self._history else None
-        # Draws before `_rest_end` are taken from the rest; the others are windows, numbered from `_first_window` on.
+        self._rest = self.order.rest(cursor.epoch, cursor.group, self._history) if self._history else None
+        # Draws before `_rest_end` are taken from the rest; the others follow the order from `_first` on.
         self._rest_end = self._rest.num_samples - self._rest_offset if self._rest else 0
-        windows = self.windows
         if self._rest:
-            in_epoch = min((cursor.group + 1) * windows.group_windows, self.num_windows)
+            self._first = self.order.first(cursor.epoch, cursor.group + 1)
         else:
-            in_epoch = cursor.group * windows.group_windows + self._rest_offset
-        self._first_window = cursor.epoch * self.num_windows + in_epoch
+            self._first = self.order.first(cursor.epoch, cursor.group) + self._rest_offset
 
-    def start_token(self, draws: np.ndarray | int) -> np.ndarray:
-        """The first token of the window of each draw, which must not be one of several pieces."""
-        draws = np.asarray(draws, np.int64)
-        assert draws.size == 0 or draws.min() >= self._rest_end
-        numbers = draws - self._rest_end + self._first_window
-        if not self.shuffle:
-            return numbers % self.num_windows * self.sequence_length
-        return self.windows.starts(numbers)
+    def _open_order(self, seed: int, source_key: str | int, shuffle: bool) -> Windows | Packing:
+        dataset, length = self.dataset, self.sequence_length
+        if self.packed:
+            try:
+                return Packing(dataset.sequence_lengths, dataset.sequence_starts, length, seed, source_key)
+            except DataError as error:
+                raise DataError(f"{dataset.bin_path}: {error}") from error
+        windows = Windows(dataset.num_tokens, length, seed, source_key, shuffle)
+        if windows.num_samples < 1:
+            raise DataError(
+                f"{dataset.bin_path}: {dataset.num_tokens} tokens are too few for one sample of sequence_length + 1 = "
+                f"{length + 1}; use more text or a smaller train.sequence_length"
+            )
+        return windows
+
+    def start_token(self, draws: np.ndarray) -> np.ndarray:
+        """The first token of each draw, int64."""
+        return np.array([pieces[0][0] for pieces in self.pieces(draws)], np.int64)
 
     def pieces(self, draws: np.ndarray) -> list[list[tuple[int, int]]]:
-        """Per draw, its pieces (first token, number of tokens), which follow one another: s + 1 tokens together."""
+        """Per draw, its pieces (first token, number of tokens), which follow one another.
+
+        They are s + 1 tokens together; of packed samples at most so many, and each piece lies in a document of its own.
+        """
         draws = np.asarray(draws, np.int64)
-        whole = draws >= self._rest_end
-        starts = np.zeros_like(draws)
-        starts[whole] = self.start_token(draws[whole])
-        return [
-            [(start, self.sequence_length + 1)] if is_whole else self._rest_pieces(draw)
-            for draw, start, is_whole in zip(draws.tolist(), starts.tolist(), whole.tolist(), strict=True)
-        ]
+        assert draws.size == 0 or draws.min() >= 0
+        if self._rest is None:
+            return self.order.samples(draws + self._first)
+        found: list[list[tuple[int, int]]] = [[] for _ in draws]
+        early, late = np.flatnonzero(draws < self._rest_end), np.flatnonzero(draws >= self._rest_end)
+        if early.size:
+            for row, pieces in zip(early.tolist(), self._rest.samples(draws[early] + self._rest_offset), strict=True):
+                found[row] = pieces
+        for row, pieces in zip(late.tolist(), self.order.samples(draws[late] - self._rest_end + self._first), strict=True):
+            found[row] = pieces
+        return found
 
     def sample(self, draw: int) -> np.ndarray:
-        """The s + 1 tokens of one draw, int64 [s + 1]."""
+        """The tokens of one draw, int64 [s + 1]; of a packed sample [s + 1 or fewer]."""
         return np.concatenate([self.dataset.read(*piece) for piece in self.pieces(np.array([draw]))[0]])
 
     def cursor_after(self, draws: int) -> Cursor:
@@ -191,25 +234,5 @@ class Source:
             count = self._rest_offset + draws
             reads = self._history + (((self.sequence_length, count),) if count else ())
             return Cursor(self.cursor.epoch, self.cursor.group, reads, tokens)
-        epoch, within = divmod(draws - self._rest_end + self._first_window, self.num_windows)
-        group, count = divmod(within, self.windows.group_windows)
+        epoch, group, count = self.order.place(draws - self._rest_end + self._first)
         return Cursor(epoch, group, ((self.sequence_length, count),) if count else (), tokens)
-
-    def _left_over(self) -> Rest:
-        """What the reads of the cursor have left of its group, as samples of this length."""
-        epoch, group = self.cursor.epoch, self.cursor.group
-        length, count = self._history[0]
-        before = Windows(self.dataset.num_tokens, length, self.seed, self.source_key)
-        starts = before.group_starts(epoch, group, np.arange(count, dtype=np.int64))
-        runs = subtract(before.group_runs(epoch, group), (starts, np.full(count, length)))
-        key = before.group_key(epoch, group)
-        for number, (length, count) in enumerate(self._history[1:]):
-            rest = Rest(runs, length, derive_key(key, "rest", number))
-            runs = subtract(rest.runs, rest.pieces(np.arange(count)))
-        return Rest(runs, self.sequence_length, derive_key(key, "rest", len(self._history) - 1))
-
-    def _rest_pieces(self, draw: int) -> list[tuple[int, int]]:
-        assert self._rest is not None
-        starts, lengths = self._rest.pieces(np.array([draw + self._rest_offset]))
-        lengths[-1] += 1  # the target of the last input
-        return list(zip(starts.tolist(), lengths.tolist(), strict=True))

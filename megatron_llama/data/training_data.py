@@ -3,7 +3,7 @@
 A *leg* is a stretch of a run with one mixture and one sequence length. In a leg, the position in the data is one integer,
 the number of samples read; every source enters it with a cursor. A run that resumes with the settings of its checkpoint
 stays in its leg, whatever its end. Other weights, sources, limits or another sequence length begin a new leg: each source
-that was there before goes on where it stopped.
+that was there before goes on where it stopped. All legs of a run have the same order and the same packing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron_llama.data.blend import Blend, check_entries
 from megatron_llama.data.indexed import IndexedDataset
 from megatron_llama.data.megatron_order import MegatronBlend
 from megatron_llama.data.mixture import MixtureRow, capped_weights, redistribute, table_lines
+from megatron_llama.data.packing import Packing
 from megatron_llama.data.samples import START, Cursor, Source
 from megatron_llama.data.vocabulary import check_token_ids
 from parallel.errors import ConfigError, DataError
@@ -40,14 +41,6 @@ class Known:
         return cls(**{**state, "cursor": Cursor.from_state(state["cursor"])})
 
 
-@dataclass(frozen=True)
-class Extent:
-    """The size of a dataset that need not be there any more."""
-
-    num_tokens: int
-    bin_path: str
-
-
 @dataclass
 class TrainingData:
     """What a run reads: `blend` gives its samples, `rows` say how often it reads each source, `notes` what has changed."""
@@ -58,10 +51,13 @@ class TrainingData:
     leg: dict[str, Any]  # the part of the state that doesn't change within a leg
 
     def state(self, sample: int) -> dict[str, Any]:
-        """What a checkpoint at that sample holds, JSON-able. `tokens_read` is for people: it follows from the rest."""
+        """What a checkpoint at that sample holds, JSON-able. `reached` are the cursors there; `tokens_read` is for people."""
         read = self.blend.tokens_read(sample)
         names = [source["prefix"] for source in self.leg["sources"]]
-        return {**self.leg, "tokens_read": [list(pair) for pair in zip(names, read, strict=True)]}
+        state = {**self.leg, "tokens_read": [list(pair) for pair in zip(names, read, strict=True)]}
+        if isinstance(self.blend, Blend):
+            state["reached"] = [asdict(cursor) for cursor in self.blend.cursors(sample)]
+        return state
 
 
 @dataclass(frozen=True)
@@ -105,11 +101,15 @@ def open_training_data(
     ]
     if not stored:
         return _megatron(request, found) if data.order == "megatron" else _begin(request, found, [], 0)
-    if stored["order"] != data.order:
-        change = f"data.order {stored['order']} in the checkpoint, now {data.order}"
-        _refuse([change], data)
+    changes = [
+        f"data.{name} {stored[name]} in the checkpoint, now {getattr(data, name)}"
+        for name in ("order", "packing")
+        if stored[name] != getattr(data, name)
+    ]
+    if changes:
+        _refuse(changes, data)
         started = _megatron(request, found) if data.order == "megatron" else _begin(request, found, [], sample)
-        return replace(started, notes=[f"{change}: text may be read again", *started.notes])
+        return replace(started, notes=[f"{change}: text may be read again" for change in changes] + started.notes)
     return _resume_megatron(request, found, stored) if data.order == "megatron" else _resume(request, found, sample, stored)
 
 
@@ -130,6 +130,7 @@ def _megatron(request: Request, found: list[Known]) -> TrainingData:
         )
     leg = {
         "order": "megatron",
+        "packing": "none",
         "sequence_length": length,
         "asked": {"weight": request.asked["weight"], "split": data.megatron_split},
         "sources": [
@@ -164,14 +165,17 @@ def _known_fields(state: dict[str, Any]) -> dict[str, Any]:
 def _resume(request: Request, found: list[Known], sample: int, stored: dict[str, Any]) -> TrainingData:
     begun = [Known.from_state(source) for source in stored["sources"]]
     resting = [Known.from_state(source) for source in stored["resting"]]
+    reached = [
+        replace(known, cursor=Cursor.from_state(cursor)) for known, cursor in zip(begun, stored["reached"], strict=True)
+    ]
     same_request = stored["asked"] == request.asked
-    known, rests, notes = _match(request.data, found, _advance(begun, stored, sample), resting, same_request)
+    known, rests, notes = _match(request.data, found, reached, resting, same_request)
     same_mixture = same_request and [source.key for source in known] == [source.key for source in begun]
     if same_mixture and stored["sequence_length"] == request.sequence_length:
         entered = [replace(now, cursor=then.cursor) for now, then in zip(known, begun, strict=True)]
         going_on = _leg(request, entered, rests, stored["first_sample"], stored["weights"])
         if not any(row.exceeds for row in going_on.rows):
-            return replace(going_on, notes=notes)
+            return replace(going_on, notes=notes + going_on.notes)
     elif not same_mixture:
         notes.append(f"the mixture changes at sample {sample:,}: each source goes on where it stopped")
     if stored["sequence_length"] != request.sequence_length:
@@ -179,16 +183,6 @@ def _resume(request: Request, found: list[Known], sample: int, stored: dict[str,
         notes.append(f"the sequence length changes {lengths} at sample {sample:,}: each source goes on where it stopped")
     started = _begin(request, known, rests, sample)
     return replace(started, notes=notes + started.notes)
-
-
-def _advance(begun: list[Known], stored: dict[str, Any], sample: int) -> list[Known]:
-    """The sources of a leg with their cursors at `sample`."""
-    extents = [Extent(known.dataset["tokens"], known.prefix) for known in begun]
-    sources = [_source(known, extent, stored["sequence_length"]) for known, extent in zip(begun, extents, strict=True)]
-    draws = Blend(sources, integers=stored["weights"], first_sample=stored["first_sample"]).draws_before(sample)
-    return [
-        replace(known, cursor=source.cursor_after(count)) for known, source, count in zip(begun, sources, draws, strict=True)
-    ]
 
 
 def _match(
@@ -265,7 +259,7 @@ def _begin(request: Request, known: list[Known], resting: list[Known], sample: i
         )
     used = _leg(request, known, resting, sample, integers=capped_weights(given, room))
     notes = ["sources at their max_epochs leave their share to the others; as configured:", *table]
-    return replace(used, notes=[*notes, "as read:", *table_lines(used.rows)])
+    return replace(used, notes=[*notes, "as read:", *table_lines(used.rows), *used.notes])
 
 
 def _leg(
@@ -277,10 +271,15 @@ def _leg(
     weights: Sequence[float] | None = None,
 ) -> TrainingData:
     length = request.sequence_length
-    sources = [_source(entry, dataset, length) for entry, dataset in zip(known, request.datasets, strict=True)]
+    packed = request.data.packing != "none"
+    sources = [
+        Source(dataset, length, entry.seed, entry.key, cursor=entry.cursor, packed=packed)
+        for entry, dataset in zip(known, request.datasets, strict=True)
+    ]
     blend = Blend(sources, weights, request.vocab_size, first_sample, integers)
     leg = {
         "order": "windows",
+        "packing": request.data.packing,
         "sequence_length": length,
         "first_sample": first_sample,
         "asked": request.asked,
@@ -288,11 +287,13 @@ def _leg(
         "sources": [asdict(entry) for entry in known],
         "resting": [asdict(entry) for entry in resting],
     }
-    return TrainingData(blend, mixture_rows(request, blend), [], leg)
+    return TrainingData(blend, mixture_rows(request, blend), _packing_notes(blend), leg)
 
 
-def _source(known: Known, dataset: IndexedDataset | Extent, sequence_length: int) -> Source:
-    return Source(dataset, sequence_length, known.seed, known.key, cursor=known.cursor)
+def _packing_notes(blend: Blend) -> list[str]:
+    """What packing comes to for each source; nothing where they are not packed."""
+    packed = [(source.dataset.prefix, source.order) for source in blend.sources if isinstance(source.order, Packing)]
+    return [f"{prefix}: packed into {order.num_samples:,} samples, {order.padding:.3%} padding" for prefix, order in packed]
 
 
 def mixture_rows(request: Request, blend: Blend) -> list[MixtureRow]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_llama.data.encoding import is_held_out
 from megatron_llama.data.indexed import IndexedDataset
 from megatron_llama.data.inputs import expand_inputs, stat_inputs
 from megatron_llama.data.text import LineError, read_fragments, read_piece
@@ -57,7 +58,8 @@ def verify_text(
     left = iter(chosen)
     wanted = next(left, None)
     number = -1
-    for number, text in enumerate(_texts(inputs, json_key, documents, tokenizer.cuts_at_spaces)):
+    texts = _texts(inputs, json_key, documents, tokenizer.cuts_at_spaces)
+    for number, text in enumerate(text for text in texts if _is_of_split(text, sidecar)):
         if wanted is None:
             break
         if number == wanted:
@@ -74,6 +76,13 @@ def _ends(dataset: IndexedDataset, tokenizer: Tokenizer, sidecar: dict) -> tuple
     bos = sidecar.get("append_bos", int(first[0]) == tokenizer.bos_id)
     eos = sidecar.get("append_eos", int(first[-1]) == tokenizer.eos_id)
     return [tokenizer.bos_id] * bool(bos), [tokenizer.eos_id] * bool(eos)
+
+
+def _is_of_split(text: str, sidecar: dict) -> bool:
+    """Whether the document belongs to this dataset, where a part of the text was held out."""
+    if "valid_fraction" not in sidecar:
+        return True
+    return is_held_out(text, sidecar["valid_fraction"]) == (sidecar["split"] == "valid")
 
 
 def _texts(inputs: Sequence[str | Path], json_key: str, documents: str, can_cut: bool):

@@ -3,7 +3,13 @@
 import pytest
 
 from megatron_llama.config import ModelConfig, load_config
-from megatron_llama.flops import dense_peak_flops, flops_per_token, model_flops_utilization, parameter_count
+from megatron_llama.flops import (
+    dense_peak_flops,
+    flops_per_token,
+    model_flops,
+    model_flops_utilization,
+    parameter_count,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +43,14 @@ def test_flops_are_three_forwards_of_every_matrix_product():
     assert flops_per_token(model, sequence, "full") * sequence == 3 * forward
     attention = sum(2 * rows * inner * columns for rows, inner, columns in scores) * 3
     assert flops_per_token(model, sequence, "causal") * sequence == 3 * (forward - attention // 2)
+
+
+def test_attention_inside_documents_costs_as_much_as_the_documents_alone():
+    model = ModelConfig(num_layers=3, hidden_size=64, num_heads=8, num_kv_heads=2, ffn_hidden_size=96, vocab_size=100)
+    lengths = [10, 1, 21]
+    together = model_flops(model, sum(lengths), sum(length**2 for length in lengths))
+    assert together == sum(length * flops_per_token(model, length) for length in lengths)
+    assert together < 32 * flops_per_token(model, 32) == model_flops(model, 32, 32**2)
 
 
 def test_full_over_causal_of_llama_3_8b_at_8k():

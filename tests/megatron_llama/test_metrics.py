@@ -12,7 +12,7 @@ from megatron_llama.progress import Interval, Progress, format_duration, format_
 
 
 def record(step: int, loss: float = 2.5, mfu: float | None = None) -> StepRecord:
-    return StepRecord(step, loss, 1.0 / 3.0, 3e-4, step * 512, 0.1, 5120.0, mfu)
+    return StepRecord(step, loss, 1.0 / 3.0, 3e-4, step * 512, 0.1, 5120.0, 0.01, mfu)
 
 
 def lines(path) -> list[dict]:
@@ -24,13 +24,14 @@ def test_fields_and_full_precision(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write_step(record(1, loss))
     writer.write_step(record(2, mfu=0.41), skipped=True)
-    writer.write_evaluation(2, 2.75)
+    writer.write_evaluation(2, 2.75, {"web": {"loss": 2.75, "perplexity": math.inf}})
     writer.close()
     first, second, evaluation = lines(tmp_path / "metrics.jsonl")
-    assert list(first) == ["step", "loss", "grad_norm", "learning_rate", "tokens", "step_seconds", "tokens_per_second"]
+    speeds = ["step_seconds", "tokens_per_second", "data_wait_seconds"]
+    assert list(first) == ["step", "loss", "grad_norm", "learning_rate", "tokens", *speeds]
     assert first["loss"] == loss and first["grad_norm"] == 1.0 / 3.0
     assert second["mfu"] == 0.41 and second["skipped"] is True
-    assert evaluation == {"step": 2, "valid_loss": 2.75}
+    assert evaluation == {"step": 2, "valid_loss": 2.75, "valid": {"web": {"loss": 2.75, "perplexity": None}}}
 
 
 def test_a_loss_that_is_not_finite_is_null(tmp_path):
@@ -55,7 +56,7 @@ def test_resume_leaves_the_file_of_a_run_that_never_stopped(tmp_path):
             for step in range(done + 1, stop + 1):
                 writer.write_step(record(step))
                 if step % 2 == 0:
-                    writer.write_evaluation(step, 1.0 / step)
+                    writer.write_evaluation(step, 1.0 / step, {})
             writer.close()
             done = 3 if index == 0 else stop  # the newest checkpoint
     whole, killed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "killed"))
@@ -102,12 +103,22 @@ def test_progress_line():
 
 
 def test_progress_computes_speed_and_names_what_it_knows(capsys):
-    progress = Progress(total_steps=100, tokens_per_step=1000, flops_per_token=10**9, device_count=2)
-    progress.report(10, 1.0, 1e-3, 2.0, steps=10, seconds=5.0, skipped_steps=1)
+    progress = Progress(total_steps=100, device_count=2)
+    for step in range(10):
+        progress.add(1000, 10**12, seconds=0.5, data_wait_seconds=0.015, skipped=step == 3)
+    progress.report(10, 1.0, 1e-3, 2.0)
     line = capsys.readouterr().out
-    assert "2,000 tokens/s" in line and "1 TFLOP/s per device" in line and "45s left" in line and "SKIPPED 1" in line
-    Progress(100, 1000, 10**9, 2, peak=4e12).report(10, 1.0, 1e-3, 2.0, steps=10, seconds=5.0)
-    assert "MFU 25.0%" in capsys.readouterr().out
+    assert "2,000 tokens/s" in line and "1 TFLOP/s per device" in line and "45s left" in line
+    assert "waits for data 3%" in line and "SKIPPED 1" in line
+    progress.add(1000, 10**12, seconds=1.0, data_wait_seconds=0.01)
+    progress.report(11, 1.0, 1e-3, 2.0)
+    line = capsys.readouterr().out
+    assert "1,000 tokens/s" in line and "waits" not in line and "SKIPPED" not in line  # the interval before is over
+    progress = Progress(100, 2, peak=4e12)
+    progress.add(1000, 10**12, seconds=0.5)
+    progress.add(1000, 3 * 10**12, seconds=0.5)  # longer documents
+    progress.report(2, 1.0, 1e-3, 2.0)
+    assert "MFU 50.0%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

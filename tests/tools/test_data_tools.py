@@ -110,6 +110,30 @@ def test_inspect_errors_in_one_line(model, tmp_path):
     assert errors.startswith(f"error: {tmp_path}/none.idx: cannot be read: No such file") and errors.count("\n") == 1
 
 
+def test_inspect_shows_a_sample_of_a_run(model, tmp_path):
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text("".join(json.dumps({"text": TEXT[start : start + 90]}) + "\n" for start in range(0, 9000, 90)))
+    arguments = ("--input", corpus, "--output-prefix", tmp_path / "d", "--tokenizer-model", model, "--append-eos")
+    assert run("preprocess_data", *arguments)[0] == 0
+    sizes = "num_layers = 1\nhidden_size = 8\nnum_heads = 1\nffn_hidden_size = 8\nvocab_size = 700\n"
+    batch = "steps = 2\nglobal_batch_size = 4\nsequence_length = 128\n"
+    (tmp_path / "run.toml").write_text(f'[model]\n{sizes}[data]\ntrain = ["{tmp_path}/d"]\n[train]\n{batch}')
+    sample = ("inspect_dataset", "--config", tmp_path / "run.toml", "--sample")
+    code, output, errors = run(*sample, 7, "--dp", 2, "--tokenizer-model", model)
+    assert (code, errors) == (0, "")
+    assert output.startswith(f"sample     7: step 2, data rank 1 of 2, micro-batch 1, row 0\nsource     {tmp_path}/d\n")
+    text = "\n".join(line.removeprefix("  | ") for line in output.splitlines() if line.startswith("  | "))
+    assert "".join(text.split()) and text.splitlines()[0] in TEXT
+    assert run(*sample, 7)[1].startswith("sample     7: step 2, data rank 0 of 1, micro-batch 3, row 0\n")
+    for words, expected in (
+        ((*sample, 8), "--sample 8: the run reads the samples 0 to 7; choose one of them"),
+        (sample[:-1], "--config RUN and --sample K go together: give both"),
+        (("inspect_dataset",), "name either a dataset by its PREFIX, or a run by --config RUN"),
+        ((*sample, 1, "--dp", -1), "--dp -1 must be at least 1"),
+    ):
+        assert run(*words) == (2, "", f"error: {expected}\n")
+
+
 def test_inspect_says_when_the_tokenizer_is_another(model, tmp_path):
     corpus = tmp_path / "c.jsonl"
     corpus.write_text('{"text": "a b c"}\n')

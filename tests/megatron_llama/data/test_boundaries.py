@@ -71,7 +71,7 @@ def test_evaluation_pads_with_samples_of_one_document(prefix: str) -> None:
 
 def test_starts_are_inside_the_sample(prefix: str) -> None:
     blend = build_blend([(prefix, None)], SEQUENCE_LENGTH, 7, 1000, shuffle=False)
-    for inside in document_starts(blend, np.arange(blend.num_windows)):
+    for inside in document_starts(blend, blend.pieces(np.arange(blend.num_windows))):
         assert ((inside > 0) & (inside < SEQUENCE_LENGTH)).all() and (np.diff(inside) > 0).all()
 
 

@@ -1,6 +1,7 @@
 """gigatoken, and the tokenizer.json that it and Hugging Face's packages read, against sentencepiece."""
 
 import argparse
+import base64
 import io
 import json
 import random
@@ -73,14 +74,44 @@ def test_gigatoken_gives_the_same_ids(tokenizer):
         assert found[0].dtype == dtype and np.array_equal(expected[0], found[0]) and np.array_equal(expected[1], found[1])
 
 
+@pytest.fixture
+def tiktoken_tokenizer(tmp_path):
+    """A file as LLaMA 3's, with a piece for every beginning of a word."""
+    pytest.importorskip("tiktoken")
+    words = sorted({word[:end] for word in TEXT.encode().split() for end in range(2, len(word) + 1)}, key=lambda w: (len(w), w))
+    pieces = dict.fromkeys([*(bytes([byte]) for byte in range(256)), *words, b"'s", b" the"])
+    (tmp_path / "ranks").write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % n for n, piece in enumerate(pieces)))
+    return Tokenizer(tmp_path / "ranks")
+
+
+def test_gigatoken_gives_the_ids_of_tiktoken(tiktoken_tokenizer):
+    pytest.importorskip("gigatoken")
+    encode, dtype = GigatokenEncoder(tiktoken_tokenizer), np.dtype(np.int32)
+    newest = ["\U000328f8's", "\u0c5c's", "a \U0001e6c7'd b"]  # letters that only one of the two packages knows
+    long = ["x" * 60_003 + " " * 70_000 + "\u3000" * 30_000 + "one two " * 60_000]  # Meta's code cuts it, also in a word
+    for texts in (nasty_documents(1000), newest, long, [TEXT], ["", ""], []):
+        expected, found = tiktoken_tokenizer.encode_arrays(texts, dtype), encode(texts, dtype)
+        assert np.array_equal(expected[0], found[0]) and np.array_equal(expected[1], found[1])
+    assert choose_engine(tiktoken_tokenizer, "auto", lambda: [TEXT]).name == "gigatoken"
+
+
+def test_workers_load_the_vocabulary_of_their_parent(tokenizer, monkeypatch):
+    pytest.importorskip("gigatoken")
+    vocabulary = choose_engine(tokenizer, "gigatoken", list).vocabulary
+    monkeypatch.setattr(fast_encoding, "tokenizer_json", None)
+    ids, _ = fast_encoding.make_encoder(tokenizer, "gigatoken", vocabulary)([TEXT], np.dtype(np.uint16))
+    assert ids.tolist() == tokenizer.encode(TEXT)
+
+
 def test_a_new_engine_when_its_cache_is_full(tokenizer, monkeypatch):
     pytest.importorskip("gigatoken")
-    monkeypatch.setattr(fast_encoding, "CACHE_BYTES", 10_000)
+    monkeypatch.setattr(fast_encoding, "CACHE_CHARACTERS", 10_000)
     encode, dtype = GigatokenEncoder(tokenizer), np.dtype(np.uint16)
-    before = encode._engine
-    for _ in range(3):
+    engines = set()
+    for _ in range(5):
         assert np.array_equal(encode([TEXT[:9000]], dtype)[0], tokenizer.encode(TEXT[:9000]))
-    assert encode._engine is not before
+        engines.add(encode._engine)
+    assert len(engines) == 3
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -113,13 +144,13 @@ class WrongEncoder:
 def test_an_engine_that_differs_is_refused(tokenizer, monkeypatch):
     pytest.importorskip("gigatoken")
     monkeypatch.setattr(fast_encoding, "GigatokenEncoder", WrongEncoder)
-    engine, note = choose_engine(tokenizer, "auto", lambda: ["zero", "one two"])
+    engine, note, _ = choose_engine(tokenizer, "auto", lambda: ["zero", "one two"])
     assert engine == "sentencepiece"
     assert note.startswith("sentencepiece, not gigatoken: it gives other ids than sentencepiece, from token ")
     assert "of 'one two' on: [" in note
     with pytest.raises(DataError, match="--engine gigatoken: it gives other ids than sentencepiece"):
         choose_engine(tokenizer, "gigatoken", lambda: ["one two"])
-    assert choose_engine(tokenizer, "sentencepiece", None) == ("sentencepiece", "sentencepiece, as asked for")
+    assert choose_engine(tokenizer, "sentencepiece", None) == ("sentencepiece", "sentencepiece, as asked for", "")
 
 
 def test_an_engine_that_is_not_installed(tokenizer, monkeypatch):

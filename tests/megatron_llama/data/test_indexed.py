@@ -1,6 +1,7 @@
 import filecmp
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,33 @@ def test_documents_in_parts(tmp_path):
         writer.add_documents([7], np.array([1]))
     for suffix in (".bin", ".idx"):
         assert filecmp.cmp(f"{tmp_path}/whole{suffix}", f"{tmp_path}/parts{suffix}", shallow=False)
+
+
+def test_the_document_of_each_token(tmp_path):
+    lengths = [0, 3, 1, 0, 0, 4, 2, 0]
+    with IndexedDatasetWriter(tmp_path / "d", np.uint16) as writer:
+        for length in lengths:
+            writer.add_document([7] * length)
+    dataset = IndexedDataset(tmp_path / "d")
+    starts = np.cumsum([0, *lengths])
+    expected = [(number, starts[number], length) for number, length in enumerate(lengths) for _ in range(length)]
+    assert [dataset.document_at(token) for token in range(10)] == expected
+
+
+def test_looking_for_documents_copies_no_index(tmp_path):
+    """Its integers are not aligned, and numpy aligns an array by copying it: gigabytes for each sample of a large dataset."""
+    documents = 200_000
+    with IndexedDatasetWriter(tmp_path / "d", np.uint16) as writer:
+        writer.add_documents(np.zeros(2 * documents, np.uint16), np.full(documents, 2))
+    dataset = IndexedDataset(tmp_path / "d")
+    tracemalloc.start()
+    try:
+        assert dataset.starts_within(100_001, 5).tolist() == [1, 3]
+        assert dataset.document_at(100_001) == (50_000, 100_000, 2)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < documents  # the positions alone take 8 bytes a document
 
 
 def test_no_document_at_all(tmp_path):

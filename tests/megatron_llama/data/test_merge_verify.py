@@ -92,6 +92,12 @@ def test_verify(tokenizer, tmp_path):
     assert verify(tokenizer, tmp_path / "long", [tmp_path / "long.txt"]) == 1
 
 
+def test_verify_both_parts_of_a_split(tokenizer, tmp_path):
+    prefix = make(tokenizer, tmp_path, "a", DOCUMENTS, valid_fraction=0.3)
+    numbers = [verify(tokenizer, part, [f"{prefix}.jsonl"]) for part in (prefix, f"{prefix}-valid")]
+    assert sum(numbers) == len(DOCUMENTS) and min(numbers) > 0
+
+
 def test_verify_finds_what_is_wrong(tokenizer, tmp_path):
     prefix = make(tokenizer, tmp_path, "a", DOCUMENTS)
     text = Path(f"{prefix}.jsonl").read_text()

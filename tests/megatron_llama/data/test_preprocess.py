@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,27 @@ def test_any_number_of_workers_gives_the_same_bytes(tokenizer, tmp_path):
         written.append(outputs(prefix))
     assert written[0] == written[1] == written[2]
     assert documents_of(prefix)[58] == [1, *tokenizer.encode(TEXT * 3), 2]
+
+
+def test_the_parent_of_workers_does_nothing_per_document(tokenizer, tmp_path):
+    """Twenty times the documents in the same bytes and pieces: as many calls of our functions, give or take some progress."""
+    calls = {}
+    for name, characters in (("few", 4000), ("many", 200)):
+        texts = [TEXT[start : start + characters] for start in range(0, 80_000, characters)]
+        jsonl = write_jsonl(tmp_path / f"{name}.jsonl", texts)
+        piece_bytes = -(-jsonl.stat().st_size // 4)
+        calls[name] = 0
+
+        def count(frame, event, argument, name=name):
+            calls[name] += event == "call" and "megatron_llama" in frame.f_code.co_filename
+
+        sys.setprofile(count)
+        try:
+            summary = run(tokenizer, [jsonl], tmp_path / name, workers=2, piece_bytes=piece_bytes)
+        finally:
+            sys.setprofile(None)
+        assert (summary.documents, summary.parts) == (len(texts), 4)
+    assert calls["many"] < calls["few"] + 100
 
 
 @settings(max_examples=80, deadline=None)

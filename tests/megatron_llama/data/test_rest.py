@@ -119,5 +119,5 @@ def test_an_epoch_of_many_groups_is_complete(dataset, length):
     )
     assert all(sorted(epoch) == expected for epoch in epochs.tolist())
     assert len({epoch.tobytes() for epoch in epochs}) == 3
-    one_by_one = [int(source.start_token(draw)) for draw in range(30)]
+    one_by_one = [int(source.start_token(np.array([draw]))[0]) for draw in range(30)]
     assert one_by_one == epochs[0][:30].tolist()

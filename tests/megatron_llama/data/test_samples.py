@@ -31,7 +31,7 @@ def test_every_epoch_is_complete_and_its_own(tmp_path):
     draws = (source.start_token(np.arange(300)) // 10).reshape(3, 100)
     assert all(np.array_equal(np.sort(epoch), np.arange(100)) for epoch in draws)
     assert len({epoch.tobytes() for epoch in draws}) == 3
-    assert [int(source.start_token(draw)) // 10 for draw in (0, 99, 100, 250)] == draws.reshape(-1)[[0, 99, 100, 250]].tolist()
+    assert (source.start_token(np.array([0, 99, 100, 250])) // 10).tolist() == draws.reshape(-1)[[0, 99, 100, 250]].tolist()
 
 
 def test_order_depends_on_seed_and_source_alone(tmp_path):
