@@ -1,5 +1,6 @@
 """The benchmark programs at tiny sizes: they print their figures, and their comparisons can fail."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ STEP = (
     *("--steps", 2, "--threads", 1, "--device", "cpu"),
 )
 CHECKPOINT = ("--gib", 0.008, "--rounds", 1)
-DATA = ("--megabytes", 1, "--samples", 64, "--sequence-length", 64, "--documents", 1000, "--rounds", 1, "--workers", 1)
+DATA = ("--megabytes", 1, "--samples", 64, "--sequence-length", 64, "--scale", 0.001, "--rounds", 1, "--workers", 1)
 
 
 def run(tool, *arguments):
@@ -84,15 +85,25 @@ def test_checkpoint_sees_another_value_and_keeps_to_empty_directories(tmp_path):
 
 
 @pytest.mark.slow
-def test_data():
+def test_data(tmp_path):
     pytest.importorskip("megatron.core")
-    done = run("data", *DATA)
+    done = run("data", *DATA, "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     check_setting(done.stdout, DATA)
-    assert "ids and files are equal" in done.stdout
-    rows = re.findall(r"^  (\w.*?)  +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ \([\d.]+ to [\d.]+\)$", done.stdout, re.MULTILINE)
-    assert len(rows) == 6 + 3 + 4 and rows[0] == "ours, 1 process" and "Loader.micro_batches" in rows
-    assert len(re.findall(r"CPU microseconds a sample", done.stdout)) == 3
+    assert "ids and files are equal" in done.stdout and "read the same global batches" in done.stdout
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["command"].endswith("figures.json") and "gigatoken 0" in written["versions"]
+    figures = written["figures"]
+    assert list(dict.fromkeys(figure["section"] for figure in figures)) == [
+        *("preprocess", "lookup", "start-up", "mixture", "packing"),
+    ]
+    for figure in figures:
+        assert f"  {figure['name']} " in done.stdout and figure["low"] <= figure["value"] <= figure["high"]
+        assert figure["is_met"] is None or figure["needed"].startswith(("at least ", "at most "))
+    exact = {figure["name"]: figure for figure in figures if figure["section"] in ("mixture", "packing")}
+    assert exact["largest deviation of a source from its share"]["value"] < 1
+    assert exact["ours, padding"]["unit"] == "%"
+    assert sum(figure["needed"] != "" for figure in figures) == 13
 
 
 def test_data_sees_another_character():
