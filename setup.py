@@ -12,6 +12,7 @@ PACKAGES = [
     "parallel.checkpoint",
     "parallel.kernels",
     "parallel.pipeline",
+    "parallel.pipeline.schedules",
     "parallel.tensor",
     "parallel.zero",
 ]

@@ -1,1 +1,1 @@
-"""Pipeline parallelism: a schedule is data. Reading order: layout, schedules, check, p2p, executor."""
+"""Pipeline parallelism: a schedule is data. Reading order: layout, schedules, costs, simulate, check, choice, p2p, executor."""

@@ -50,9 +50,9 @@ class Placement:
 def split_layers(num_layers: int, num_stages: int, wanted: str | Sequence[int] = "auto") -> list[range]:
     """The layers of each global stage.
 
-    `wanted` is the number of layers per stage in global order, or "auto": as even as can be, the stages in the middle
-    taking the remainder (the first and last also hold the embedding and the head). Raises ConfigError where the numbers
-    don't fit.
+    `wanted` is the number of layers per stage in global order (`balance_layers` finds numbers that count the embedding and
+    the head), or "auto": as even as can be, the stages in the middle taking the remainder. Raises ConfigError where the
+    numbers don't fit.
     """
     if num_layers < num_stages:
         raise ConfigError(
@@ -60,9 +60,7 @@ def split_layers(num_layers: int, num_stages: int, wanted: str | Sequence[int] =
             f"set parallel.pp or parallel.chunks so that there are at most {num_layers} stages"
         )
     if wanted == "auto":
-        base, extra = divmod(num_layers, num_stages)
-        first = (num_stages - extra) // 2
-        counts = [base + (first <= stage < first + extra) for stage in range(num_stages)]
+        counts = balance_layers(num_layers, Placement(num_stages))
     else:
         counts = [int(count) for count in wanted]
         if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 1:
@@ -72,3 +70,27 @@ def split_layers(num_layers: int, num_stages: int, wanted: str | Sequence[int] =
             )
     starts = [sum(counts[:stage]) for stage in range(num_stages)]
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+
+
+def balance_layers(num_layers: int, placement: Placement, embedding: float = 0.0, head: float = 0.0) -> list[int]:
+    """The number of layers of each global stage that makes the slowest rank as fast as can be, a rank's stages evened out.
+
+    `embedding` and `head` (with the loss): their costs in units of one layer; the first and the last stage bear them. Each
+    stage gets a layer at least. Where places are equally good, layers go to the middle.
+    """
+    num_stages = placement.num_stages
+    assert num_layers >= num_stages, f"{num_layers} layers for {num_stages} stages"
+    counts = [1] * num_stages
+    stage_costs = [1.0] * num_stages
+    stage_costs[0] += embedding
+    stage_costs[-1] += head
+    rank_costs = [0.0] * placement.pp
+    for stage, cost in enumerate(stage_costs):
+        rank_costs[placement.rank(stage)] += cost
+    from_the_middle = sorted(range(num_stages), key=lambda stage: abs(2 * stage - num_stages + 1))
+    for _ in range(num_layers - num_stages):
+        stage = min(from_the_middle, key=lambda stage: (rank_costs[placement.rank(stage)], stage_costs[stage]))
+        counts[stage] += 1
+        stage_costs[stage] += 1.0
+        rank_costs[placement.rank(stage)] += 1.0
+    return counts

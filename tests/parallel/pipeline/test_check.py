@@ -1,12 +1,17 @@
 """The checker rejects what is not a schedule, naming the offending action; and costs what is, as by hand."""
 
+import re
+from dataclasses import replace
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from parallel.pipeline.check import Costs, ScheduleError, check_schedule
 from parallel.pipeline.layout import Placement
 from parallel.pipeline.schedules import SCHEDULES, Action, one_forward_one_backward
+
+kinds = st.sampled_from(list(SCHEDULES.values()))
 
 
 def schedule_of(*lists):
@@ -61,34 +66,62 @@ def test_a_backward_pass_among_forward_passes_alone_is_rejected():
         check_schedule(schedule_of("F0 B0", "F0 B0"), Placement(2), 1, backward=False)
 
 
+def draw_schedule(kind, data):
+    """A schedule of the table in some size, with its placement and its number of micro-batches."""
+    pp = data.draw(st.integers(2, 8))
+    micro_batches = data.draw(st.integers(kind.min_micro_batches_per_rank * pp or 1, 20))
+    placement = kind.placement(pp, data.draw(st.integers(kind.min_chunks, kind.max_chunks or 4)))
+    return kind(placement, micro_batches), placement, micro_batches
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(sorted(SCHEDULES)), st.integers(2, 16), st.integers(1, 24), st.data())
-def test_any_schedule_with_one_action_dropped_or_doubled_is_rejected(name, pp, micro_batches, data):
-    schedule = SCHEDULES[name](Placement(pp), micro_batches)
-    rank = data.draw(st.integers(0, pp - 1))
+@given(kinds, st.data())
+def test_any_schedule_with_one_action_dropped_or_doubled_is_rejected(kind, data):
+    schedule, placement, micro_batches = draw_schedule(kind, data)
+    rank = data.draw(st.integers(0, placement.pp - 1))
     place = data.draw(st.integers(0, len(schedule[rank]) - 1))
     action = schedule[rank][place]
     doubled = [list(actions) for actions in schedule]
     doubled[rank].insert(data.draw(st.integers(place, len(schedule[rank]))), action)
-    with pytest.raises(ScheduleError, match=rf"pp rank {rank}, action \d+ \({action}\): is there twice"):
-        check_schedule(doubled, Placement(pp), micro_batches)
+    with pytest.raises(ScheduleError, match=rf"pp rank {rank}, action \d+ \({re.escape(str(action))}\): is there twice"):
+        check_schedule(doubled, placement, micro_batches)
     del schedule[rank][place]
-    with pytest.raises(ScheduleError, match=rf"pp rank {rank}(, action \d+ \(B{action.micro_batch}\)|: micro-batch)"):
-        check_schedule(schedule, Placement(pp), micro_batches)
+    pair = f"{action.micro_batch}" + (f".{action.chunk}" if action.chunk else "")
+    named = rf"action \d+ \([BIW]{re.escape(pair)}\)|: micro-batch {action.micro_batch} of chunk {action.chunk} is not finished"
+    with pytest.raises(ScheduleError, match=rf"pp rank {rank}(, )?({named})"):
+        check_schedule(schedule, placement, micro_batches)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 16), st.integers(1, 24), st.data())
-def test_any_schedule_with_a_forward_pass_behind_its_backward_pass_is_rejected(name, pp, micro_batches, data):
-    schedule = SCHEDULES[name](Placement(pp), micro_batches)
-    actions = schedule[data.draw(st.integers(0, pp - 1))]
-    batch = data.draw(st.integers(0, micro_batches - 1))
-    forward, backward = actions.index(Action("F", batch)), actions.index(Action("B", batch))
-    actions[forward], actions[backward] = actions[backward], actions[forward]
-    with pytest.raises(ScheduleError, match=rf"action {forward} \(B{batch}\): runs before its forward pass"):
-        check_schedule(schedule, Placement(pp), micro_batches)
+@given(kinds, st.data())
+def test_any_schedule_with_two_passes_of_a_micro_batch_in_each_others_place_is_rejected(kind, data):
+    schedule, placement, micro_batches = draw_schedule(kind, data)
+    actions = schedule[data.draw(st.integers(0, placement.pp - 1))]
+    before = data.draw(st.sampled_from([action for action in actions if action.kind in "FI"]))
+    after = next(action for action in reversed(actions) if action[1:] == before[1:])
+    first, second = actions.index(before), actions.index(after)
+    actions[first], actions[second] = after, before
+    with pytest.raises(ScheduleError, match=rf"action {first} \({re.escape(str(after))}\): runs before its "):
+        check_schedule(schedule, placement, micro_batches)
 
 
+@settings(max_examples=60, deadline=None)
+@given(kinds, st.data())
+def test_any_schedule_with_two_micro_batches_exchanged_on_one_rank_is_rejected(kind, data):
+    """Complete, and each micro-batch's own passes are in order; but messages or gradients are not."""
+    schedule, placement, micro_batches = draw_schedule(kind, data)
+    assume(micro_batches > 1)
+    rank = data.draw(st.integers(0, placement.pp - 1))
+    first = data.draw(st.integers(0, micro_batches - 2))
+    other = {first: first + 1, first + 1: first}
+    schedule[rank] = [
+        action._replace(micro_batch=other.get(action.micro_batch, action.micro_batch)) for action in schedule[rank]
+    ]
+    with pytest.raises(ScheduleError, match=r"pp rank \d+, action \d+ .* needs [FB]\d+ of stage"):
+        check_schedule(schedule, placement, micro_batches)
+
+
+@settings(deadline=None)
 @given(st.integers(2, 12))
 def test_ranks_that_wait_for_each_other_in_a_circle_are_all_named(pp):
     """The last rank wants F1 before it gives B0; every other rank wants B0 before it gives F1."""
@@ -97,6 +130,22 @@ def test_ranks_that_wait_for_each_other_in_a_circle_are_all_named(pp):
         check_schedule(schedule, Placement(pp), 2)
     waits = [f"pp rank {rank} waits in B0" for rank in range(pp - 1)] + [f"pp rank {pp - 1} waits in F1"]
     assert str(error.value) == "deadlock: " + "; ".join(waits)
+
+
+def test_gradients_in_another_order_are_rejected_with_the_action():
+    """Valid otherwise; but sums in another order have other last bits."""
+    with pytest.raises(
+        ScheduleError, match=r"pp rank 1, action 4 \(W1\): adds to the gradients of chunk 0 before micro-batch 0"
+    ):
+        check_schedule(schedule_of("F0 F1 I0 I1 W0 W1", "F0 I0 F1 I1 W1 W0"), Placement(2), 2)
+    with pytest.raises(
+        ScheduleError, match=r"pp rank 0, action 2 \(B1\): adds to the gradients of chunk 0 before micro-batch 0"
+    ):
+        check_schedule(schedule_of("F0 F1 B1 B0"), Placement(1), 2)
+    with pytest.raises(
+        ScheduleError, match=r"pp rank 0, action 3 \(B1\): adds to the gradients of chunk 0 before micro-batch 0"
+    ):
+        check_schedule(schedule_of("F0 F1 I0 B1 W0"), Placement(1), 2)
 
 
 def test_spans_makespan_and_bubble_by_hand():
@@ -111,6 +160,76 @@ def test_spans_makespan_and_bubble_by_hand():
     assert report.makespan_seconds == 10.0
     assert report.bubble == pytest.approx(1 - 12 / 20)
     assert report.peak_activations == [2, 1]
+    assert report.idle_seconds == [4.0, 0.0]
+
+
+def test_costs_may_differ_from_stage_to_stage():
+    """Rank 1 has stages 1 and 2 of a V; rank 0 waits for both."""
+    costs = Costs(forward=[1.0, 2.0, 3.0, 4.0], backward=[8.0, 7.0, 6.0, 5.0])
+    report = check_schedule(schedule_of(*["F0 F0.1 B0.1 B0"] * 2), Placement(2, 2, "v"), 1, costs)
+    times = [[(start, end) for _, start, end in spans] for spans in report.spans]
+    assert times == [[(0, 1), (6, 10), (10, 15), (28, 36)], [(1, 3), (3, 6), (15, 21), (21, 28)]]
+    assert report.idle_seconds == [18, 9]
+    with pytest.raises(AssertionError, match="3 costs for 2 stages"):
+        check_schedule(schedule_of("F0 B0", "F0 B0"), Placement(2), 1, Costs(forward=[1.0, 1.0, 1.0]))
+
+
+def test_a_receive_posted_late_and_a_lane_that_is_taken_delay_a_message():
+    """F0 and F1 are made at 1 and 2 and travel for 4 s each, one after the other: F1 can't leave before F0 is there."""
+    schedule, placement = schedule_of("F0 F1", "F0 F1"), Placement(2)
+
+    def starts(receives_ahead):
+        costs = Costs(send=4.0, receives_ahead=receives_ahead)
+        return [start for _, start, _ in check_schedule(schedule, placement, 2, costs, backward=False).spans[1]]
+
+    assert starts(1) == [5.0, 9.0]  # F1 leaves when F0 has arrived, while F0 runs
+    assert starts(0) == [5.0, 10.0]  # F1's receive is posted after F0 has run
+
+
+def test_blocking_sends_make_ranks_wait_for_their_messages():
+    """Half a second per message: a rank that may go on overlaps it with the next forward pass."""
+    schedule, placement = schedule_of("F0 F1 F2", "F0 F1 F2"), Placement(2)
+
+    def ends(blocking_sends):
+        costs = Costs(send=0.5, blocking_sends=blocking_sends)
+        return [[end for *_, end in spans] for spans in check_schedule(schedule, placement, 3, costs, backward=False).spans]
+
+    assert ends(False) == [[1.0, 2.0, 3.0], [2.5, 3.5, 4.5]]
+    assert ends(True) == [[1.0, 2.5, 4.0], [2.5, 4.0, 5.5]]
+
+
+def test_blocking_sends_make_ranks_wait_for_their_receivers():
+    """Rank 1 is slow; rank 0 can't give F2 before rank 1 has come for F1, and posted the receive of F2."""
+    costs = Costs(forward=[1.0, 10.0], blocking_sends=True)
+    spans = check_schedule(schedule_of(*["F0 F1 F2 F3"] * 2), Placement(2), 4, costs, backward=False).spans
+    assert [end for *_, end in spans[0]] == [1.0, 2.0, 3.0, 12.0]
+    assert [end for *_, end in spans[1]] == [11.0, 21.0, 31.0, 41.0]
+
+
+def test_blocking_sends_without_receives_posted_ahead_wait_in_a_circle():
+    """Rank 0 offers F1 while rank 1 offers B0, and neither takes: the deadlock that Megatron's fused send-receive avoids."""
+    schedule = one_forward_one_backward(Placement(2), 2)
+    costs = Costs(receives_ahead=0)
+    assert check_schedule(schedule, Placement(2), 2, costs).makespan_seconds == 9.0
+    with pytest.raises(
+        ScheduleError, match="deadlock: pp rank 0 waits to send what F1 made; pp rank 1 waits to send what B0 made"
+    ):
+        check_schedule(schedule, Placement(2), 2, replace(costs, blocking_sends=True))
+
+
+def test_memory_is_the_activations_up_to_the_backward_pass_and_the_queue_up_to_w():
+    """Two micro-batches of 10, of which an I leaves 3: 20, 13 + 10, ..."""
+    costs = Costs(activation=10.0, queued=3.0)
+    for actions, peak in (
+        ("F0 F1 B0 B1", 20.0),
+        ("F0 I0 W0 F1 I1 W1", 10.0),
+        ("F0 I0 F1 I1 W0 W1", 13.0),
+        ("F0 F1 I0 F2 I1 I2 W0 W1 W2", 23.0),
+    ):
+        assert check_schedule(schedule_of(actions), Placement(1), actions.count("F"), costs).peak_memory == [peak]
+    per_stage = replace(costs, activation=[10.0, 1.0], queued=[3.0, 0.5])
+    report = check_schedule(schedule_of("F0 F0.1 I0.1 I0 W0.1 W0"), Placement(1, 2), 1, per_stage)
+    assert report.peak_memory == [11.0] and report.peak_activations == [2]
 
 
 def test_a_split_backward_frees_the_activations_at_i_and_costs_both_parts():

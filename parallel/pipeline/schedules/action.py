@@ -1,0 +1,45 @@
+"""What a schedule is made of."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+
+class Action(NamedTuple):
+    """Compute on one micro-batch and one chunk of this rank.
+
+    `kind`: F (forward), B (whole backward), I (backward to the input only), W (weight gradients left by I).
+    """
+
+    kind: str
+    micro_batch: int
+    chunk: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.micro_batch}" + (f".{self.chunk}" if self.chunk else "")
+
+
+Schedule = list[list[Action]]  # actions of pp rank 0, 1, ...
+
+
+def actions_of(pattern: str, micro_batches: int) -> list[Action]:
+    """One rank's actions from a word: FBI of chunk 0, fbi of chunk 1, and W for the oldest I that has none yet.
+
+    The micro-batches of each letter count up (B and I of a chunk together); those that don't exist are left out.
+    """
+    following = {"F": 0, "f": 0, "B": 0, "b": 0}
+    waiting: deque[Action] = deque()
+    actions = []
+    for letter in pattern:
+        if letter == "W":
+            actions.append(waiting.popleft())
+            continue
+        counter = {"I": "B", "i": "b"}.get(letter, letter)
+        micro_batch, chunk = following[counter], int(letter.islower())
+        if micro_batch < micro_batches:
+            actions.append(Action(letter.upper(), micro_batch, chunk))
+            following[counter] += 1
+            if counter != letter:
+                waiting.append(Action("W", micro_batch, chunk))
+    return actions
