@@ -44,7 +44,9 @@ class ProcessGroups:
 
     `data` combines dp and cp: the ranks that hold the same parameters and see different tokens. `pp_forward` and
     `pp_backward` are the pipeline axis twice, so that activations and gradients never wait for one another on a
-    communicator. `replicas` are further axes by name (kv heads below tp, tied embeddings).
+    communicator. Where a placement sends activations both ways between two ranks, `pp_forward_down` (to a lower rank) and
+    `pp_backward_up` (to a higher one) are communicators too; otherwise they are the first two again. `replicas` are further
+    axes by name (kv heads below tp, tied embeddings).
     """
 
     topology: Topology
@@ -52,6 +54,8 @@ class ProcessGroups:
     world: Axis
     pp_forward: Axis
     pp_backward: Axis
+    pp_forward_down: Axis
+    pp_backward_up: Axis
     dp: Axis
     cp: Axis
     tp: Axis
@@ -63,17 +67,25 @@ class ProcessGroups:
         """The axis of that name among tp and the replica axes (what a `Replica` refers to)."""
         return self.tp if name == "tp" else self.replicas[name]
 
+    def lane(self, kind: str, source: int, target: int) -> Axis:
+        """The pipeline axis for messages of `kind` (F: activations, B: gradients) from pp rank `source` to `target`."""
+        if kind == "F":
+            return self.pp_forward if source < target else self.pp_forward_down
+        return self.pp_backward if source > target else self.pp_backward_up
+
 
 def build_groups(
     topology: Topology,
     rank: int,
     replica_groups: Mapping[str, list[tuple[int, ...]]] | None = None,
     timeout: timedelta = timedelta(minutes=10),
+    both_ways: bool = False,
 ) -> ProcessGroups:
     """Create every process group of the grid; all ranks call it together, with the same arguments but `rank`.
 
     `replica_groups` maps the name of a further axis to all its groups; a rank in none of them gets an axis of size 1.
-    `timeout` bounds each collective (`new_group` does not inherit the default group's).
+    `timeout` bounds each collective (`new_group` does not inherit the default group's). `both_ways`: activations go both ways
+    between some two pp ranks (`parallel.pipeline.p2p.both_ways`).
     """
     ledger = Ledger()
 
@@ -87,12 +99,16 @@ def build_groups(
                 mine = Axis(name, ranks.index(rank), len(ranks), ranks, group, ledger)
         return mine
 
+    pipeline = topology.groups("pp")
+    forward, backward = build("pp", pipeline), build("pp", pipeline)
     return ProcessGroups(
         topology=topology,
         place=topology.coordinates(rank),
         world=build("world", [tuple(range(topology.world_size))]),
-        pp_forward=build("pp", topology.groups("pp")),
-        pp_backward=build("pp", topology.groups("pp")),
+        pp_forward=forward,
+        pp_backward=backward,
+        pp_forward_down=build("pp", pipeline) if both_ways else forward,
+        pp_backward_up=build("pp", pipeline) if both_ways else backward,
         dp=build("dp", topology.groups("dp")),
         cp=build("cp", topology.groups("cp")),
         tp=build("tp", topology.groups("tp")),

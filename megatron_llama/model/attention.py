@@ -38,8 +38,8 @@ class Attention(nn.Module):
         inner = model.num_heads * self.head_dim
         wqkv = context.parameter(column_shard(model.hidden_size, columns, tp))
         wo = context.parameter(row_shard(f"layers.{layer}.attention.wo", inner, model.hidden_size, tp))
-        self.wqkv = ColumnParallelLinear(wqkv, tp, context.sequence_parallel, context.kernels)
-        self.wo = RowParallelLinear(wo, tp, context.sequence_parallel, context.kernels)
+        self.wqkv = ColumnParallelLinear(wqkv, tp, context.sequence_parallel, context.kernels, context.queue)
+        self.wo = RowParallelLinear(wo, tp, context.sequence_parallel, context.kernels, context.queue)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:  # [s/tp, b, h] -> [s/tp, b, h]
         qkv = self.wqkv(x)  # [s, b, (n + 2k) d/tp]

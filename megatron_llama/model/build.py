@@ -10,12 +10,16 @@ from megatron_llama.config import ModelConfig
 from parallel.groups import ProcessGroups
 from parallel.kernels.table import Kernels
 from parallel.shards import Shard
+from parallel.tensor.deferred import WeightGradientQueue
 from parallel.tensor.parameter import ShardedParameter, initialize_normal
 
 
 @dataclass(frozen=True)
 class ModelContext:
-    """The surroundings of a layer. `seed` None leaves weights at zero (they are about to be loaded)."""
+    """The surroundings of a layer. `seed` None leaves weights at zero (they are about to be loaded).
+
+    `queue` is that of the stage that the layer belongs to.
+    """
 
     model: ModelConfig
     groups: ProcessGroups
@@ -25,6 +29,7 @@ class ModelContext:
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     seed: int | None = 0
+    queue: WeightGradientQueue | None = None
 
     def parameter(self, shard: Shard, ones: bool = False) -> ShardedParameter:
         """A parameter at its place, with its initial values: ones, or N(0, init_std^2).

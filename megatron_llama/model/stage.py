@@ -17,6 +17,7 @@ from parallel.pipeline.layout import Placement
 from parallel.recompute import recompute
 from parallel.shards import Replica
 from parallel.tensor.cross_entropy import vocabulary_parallel_cross_entropy
+from parallel.tensor.deferred import WeightGradientQueue
 from parallel.tensor.embedding import VocabularyParallelEmbedding, vocabulary_shard
 from parallel.tensor.linear import ColumnParallelLinear
 from parallel.tensor.parameter import ShardedParameter
@@ -29,25 +30,33 @@ class Stage(nn.Module):
 
     x and y are [s/tp, b, h] between stages; the first takes None. The loss is the sum of token losses times
     `micro_batch.loss_mask`, which carries the division by the global number of targets.
+
+    Its backward pass can be split: `weight_gradients` is where the linears leave theirs. `table` is the embedding's weight
+    where another stage of this rank holds it, for a tied head.
     """
 
-    def __init__(self, context: ModelContext, layers: range, is_first: bool, is_last: bool) -> None:
+    def __init__(
+        self, context: ModelContext, layers: range, is_first: bool, is_last: bool, table: ShardedParameter | None = None
+    ) -> None:
         super().__init__()
-        self.context, self.is_first, self.is_last = context, is_first, is_last
+        self.weight_gradients = WeightGradientQueue()
+        self.context = context = replace(context, queue=self.weight_gradients)
+        self.is_first, self.is_last = is_first, is_last
         model, tp = context.model, context.groups.tp
         if is_first:
-            weight = self._vocabulary_parameter(EMBEDDING, copy=0)
-            self.embedding = VocabularyParallelEmbedding(weight, tp, context.sequence_parallel)
+            table = self._vocabulary_parameter(EMBEDDING, copy=0)
+            queue = context.queue if is_last and model.tie_embeddings else None
+            self.embedding = VocabularyParallelEmbedding(table, tp, context.sequence_parallel, queue)
         self.frequencies = inverse_frequencies(model).to(context.device)
         self.blocks = nn.ModuleDict({str(layer): Block(context, layer) for layer in layers})
         if is_last:
             self.norm = RMSNorm(context, "norm")
-            if model.tie_embeddings and is_first:
-                weight = self.embedding.weight
+            if model.tie_embeddings and table is not None:
+                weight = table
                 weight.shard = replace(weight.shard, uses=2)
             else:
                 weight = self._vocabulary_parameter(EMBEDDING if model.tie_embeddings else HEAD, copy=1)
-            self.head = ColumnParallelLinear(weight, tp, context.sequence_parallel, context.kernels)
+            self.head = ColumnParallelLinear(weight, tp, context.sequence_parallel, context.kernels, context.queue)
 
     def _vocabulary_parameter(self, name: str, copy: int) -> ShardedParameter:
         """The embedding's or the head's weight [v/tp, h]. A tied one has a copy on the first and on the last stage."""
@@ -80,6 +89,10 @@ class Stage(nn.Module):
 
 def build_chunks(context: ModelContext, placement: Placement, layers: list[range]) -> list[Stage]:
     """The stages of this rank, one per chunk. `layers` lists every global stage's layers."""
-    rank = context.groups.place.pp
-    stages = [placement.stage(rank, chunk) for chunk in range(placement.chunks)]
-    return [Stage(context, layers[s], s == 0, s == placement.num_stages - 1) for s in stages]
+    rank, last = context.groups.place.pp, placement.num_stages - 1
+    table, chunks = None, []
+    for stage in (placement.stage(rank, chunk) for chunk in range(placement.chunks)):
+        chunks.append(Stage(context, layers[stage], stage == 0, stage == last, table))
+        if stage == 0:
+            table = chunks[0].embedding.weight
+    return chunks

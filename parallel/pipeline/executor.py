@@ -1,12 +1,14 @@
 """The executor: runs one rank's list of actions, whatever the schedule.
 
 A stage is a module `stage(x, micro_batch) -> y`: `x` is None on the first stage, and `y` on the last one is the
-micro-batch's loss (training, evaluation) or whatever the model returns there (generation).
+micro-batch's loss (training, evaluation) or whatever the model returns there (generation). A stage whose backward pass can be
+split into I and W has a `WeightGradientQueue` as its attribute `weight_gradients`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,16 +20,19 @@ from parallel.groups import ProcessGroups
 from parallel.pipeline.layout import Placement
 from parallel.pipeline.p2p import Mailbox, received, sent
 from parallel.pipeline.schedules import Action
+from parallel.pipeline.speculation import SpeculativeStart
+from parallel.pipeline.trace import Trace
+from parallel.tensor.deferred import WeightGradientQueue
 
 
 class StepListener(Protocol):
-    """What an optimizer engine is told during a step. Schedules and stages know nothing else of it."""
+    """What an optimizer engine is told of a step. Schedules and stages know nothing else of it.
 
-    def last_use(self, chunk: int) -> None:
-        """The backward pass that follows is the chunk's last of this step."""
+    When a gradient is made, the parameter's sink is told; so the engine counts, and no order of I and W can mislead it.
+    """
 
-    def no_more_grads(self, chunk: int) -> None:
-        """All gradients of the chunk are made."""
+    def expect_passes(self, count: int) -> None:
+        """Every chunk makes the gradients of `count` backward passes in this step; said before the first of them."""
 
 
 @dataclass
@@ -45,8 +50,9 @@ class InFlight:
 class Executor:
     """Runs action lists over this rank's chunks.
 
-    `shape` and `dtype` are those of the activations between stages. `peak_in_flight` is the most micro-batches (times chunks)
-    that were ever between forward and backward in the last run.
+    `shape` and `dtype` are those of the activations between stages. `trace`, where given, times the actions of the runs that
+    follow. Of the last run, `peak_in_flight` is the most micro-batches (times chunks) that were ever between forward and
+    backward pass, `peak_waiting` the most that were ever between I and W.
     """
 
     chunks: Sequence[nn.Module]
@@ -55,37 +61,60 @@ class Executor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    trace: Trace | None = None
     peak_in_flight: int = 0
+    peak_waiting: int = 0
     _in_flight: dict[tuple[int, int], InFlight] = field(default_factory=dict)
 
-    def run(self, actions: list[Action], micro_batches: Sequence[Any], listener: StepListener | None = None) -> list[Tensor]:
+    @property
+    def _queues(self) -> list[WeightGradientQueue]:
+        return [chunk.weight_gradients for chunk in self.chunks if hasattr(chunk, "weight_gradients")]
+
+    def run(
+        self,
+        actions: list[Action],
+        micro_batches: Sequence[Any],
+        listener: StepListener | None = None,
+        start: SpeculativeStart | None = None,
+    ) -> list[Tensor]:
         """Run the list. Returns, on the rank of the last stage, each micro-batch's last output, detached; elsewhere [].
 
-        With a `listener` the chunks are trained; without one, nothing is kept for a backward pass.
+        With a `listener` the chunks are trained; without one, nothing is kept for a backward pass. With a `start`, the list
+        begins with actions on weights that may turn out to be wrong; it begins again then, on all ranks.
         """
-        mailbox = self._mailbox(actions)
-        last_backward = {action.chunk: index for index, action in enumerate(actions) if action.kind in ("B", "W")}
+        self._start_clean()
         outputs: list[Tensor] = []
-        self.peak_in_flight = 0
-        self._in_flight.clear()
-        mailbox.post_receives(1)
-        for index, action in enumerate(actions):
+        train, first = listener is not None, start.length if start is not None else 0
+        mailbox = Mailbox(actions[:first], self.placement, self.groups, self.shape, self.dtype, self.device)
+        mailbox.start()
+        self._perform(actions[:first], micro_batches, mailbox, outputs, train)
+        if start is not None and not start.validate():
+            mailbox.discard(start.unread)
+            return self.run(actions, micro_batches, listener)
+        if listener is not None:
+            listener.expect_passes(sum(action.kind in ("B", "I") for action in actions if action.chunk == 0))
+        mailbox.extend(actions[first:])
+        self._perform(actions[first:], micro_batches, mailbox, outputs, train)
+        mailbox.finish()
+        return outputs
+
+    def _perform(
+        self, actions: list[Action], micro_batches: Sequence[Any], mailbox: Mailbox, outputs: list[Tensor], train: bool
+    ) -> None:
+        """Run some of the list, in order."""
+        for action in actions:
             try:
-                if action.kind == "F":
-                    self._forward(action, micro_batches[action.micro_batch], mailbox, outputs, train=listener is not None)
-                    continue
-                assert action.kind == "B" and listener is not None, f"cannot run {action}"
-                is_last = last_backward[action.chunk] == index
-                if is_last:
-                    listener.last_use(action.chunk)
-                self._backward(action, mailbox)
-                if is_last:
-                    listener.no_more_grads(action.chunk)
+                self._act(action, micro_batches[action.micro_batch], mailbox, outputs, train)
             except Exception as error:
                 error.add_note(self._where(action))
                 raise
-        mailbox.finish()
-        return outputs
+
+    def _start_clean(self) -> None:
+        """Nothing of an earlier run is left over, though it may have failed."""
+        self.peak_in_flight = self.peak_waiting = 0
+        self._in_flight.clear()
+        for queue in self._queues:
+            queue.clear()
 
     def _where(self, action: Action) -> str:
         """For whoever reads a failure: which rank, which action, which collective was the last to start."""
@@ -95,16 +124,42 @@ class Executor:
             f"{groups.topology}; last collective: {groups.ledger.last}"
         )
 
-    def _mailbox(self, actions: list[Action]) -> Mailbox:
-        groups = self.groups
-        return Mailbox(
-            actions, self.placement, groups.pp_forward, groups.pp_backward, self.shape, self.dtype, self.device
-        )
+    def _span(self, kind: str, action: Action) -> AbstractContextManager[None]:
+        return nullcontext() if self.trace is None else self.trace.span(kind, action)
 
-    def _forward(self, action: Action, micro_batch: Any, mailbox: Mailbox, outputs: list[Tensor], train: bool) -> None:
-        rank = self.groups.pp_forward.rank
-        message = received(action, rank, self.placement)
-        x = mailbox.take(message) if message is not None else None
+    def _act(self, action: Action, micro_batch: Any, mailbox: Mailbox, outputs: list[Tensor], train: bool) -> None:
+        """Take what the action needs, compute, and send what it makes."""
+        rank = self.groups.place.pp
+        message, arrived = received(action, rank, self.placement), None
+        if message is not None:
+            with self._span("wait", action):
+                arrived = mailbox.take(message)
+        with self._span(action.kind, action):
+            made = self._compute(action, arrived, micro_batch, train)
+        outgoing = sent(action, rank, self.placement)
+        if outgoing is not None:
+            assert made is not None
+            mailbox.put(*outgoing, made)
+        elif action.kind == "F":
+            assert made is not None
+            outputs.append(made)
+
+    def _compute(self, action: Action, arrived: Tensor | None, micro_batch: Any, train: bool) -> Tensor | None:
+        """The output (F), the input's gradient (B, I; None on the first stage) or nothing (W)."""
+        if action.kind == "F":
+            return self._forward(action, arrived, micro_batch, train)
+        assert train, f"cannot run {action} without training"
+        if action.kind == "B":
+            return self._backward(action, arrived)
+        if action.kind == "I":
+            with self._queue(action).collect(action.micro_batch):
+                dx = self._backward(action, arrived)
+            self.peak_waiting = max(self.peak_waiting, sum(map(len, self._queues)))
+            return dx
+        self._queue(action).drain(action.micro_batch)
+        return None
+
+    def _forward(self, action: Action, x: Tensor | None, micro_batch: Any, train: bool) -> Tensor:
         with torch.set_grad_enabled(train):
             if x is not None and train:
                 x = x.detach().requires_grad_()
@@ -112,19 +167,18 @@ class Executor:
         if train:
             self._in_flight[action.micro_batch, action.chunk] = InFlight(x, get_gradient_edge(y))
             self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
-        outgoing = sent(action, rank, self.placement)
-        if outgoing is None:
-            outputs.append(y.detach())
-        else:
-            mailbox.put(*outgoing, y.detach())
+        return y.detach()
 
-    def _backward(self, action: Action, mailbox: Mailbox) -> None:
-        rank = self.groups.pp_forward.rank
-        message = received(action, rank, self.placement)
-        dy = mailbox.take(message) if message is not None else None
+    def _backward(self, action: Action, dy: Tensor | None) -> Tensor | None:
         flight = self._in_flight.pop((action.micro_batch, action.chunk))
         torch.autograd.backward(flight.edge, dy)
-        outgoing = sent(action, rank, self.placement)
-        if outgoing is not None:
-            assert flight.x is not None and flight.x.grad is not None
-            mailbox.put(*outgoing, flight.x.grad)
+        if flight.x is None:
+            return None
+        assert flight.x.grad is not None
+        return flight.x.grad
+
+    def _queue(self, action: Action) -> WeightGradientQueue:
+        """Where the chunk's weight gradients wait between I and W."""
+        queue = getattr(self.chunks[action.chunk], "weight_gradients", None)
+        assert queue is not None, f"chunk {action.chunk} has no weight_gradients: its backward pass cannot be split"
+        return queue

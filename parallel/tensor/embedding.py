@@ -12,6 +12,7 @@ from torch.autograd.function import FunctionCtx
 
 from parallel.groups import Axis
 from parallel.shards import Box, Replica, Segment, Shard
+from parallel.tensor.deferred import WeightGradient, WeightGradientQueue
 from parallel.tensor.mappings import reduce_from_tensor, scatter_sequence
 from parallel.tensor.parameter import ShardedParameter
 
@@ -42,42 +43,63 @@ def _add_rows(target: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:  # [v/tp,
     return target.index_add_(0, tokens.flatten(), rows.flatten(0, -2))
 
 
-class _Lookup(torch.autograd.Function):
-    """y = W[tokens], the weight gradient added to the engine's sink where there is one: no dense [v/tp, h] gradient is made.
+class _LookupWeightGradient(WeightGradient):
+    """wgrad of a lookup: dW[tokens] += dy, in fp32, in the engine's main gradient where there is one: no dense [v/tp, h]
+    gradient is made then."""
 
-    forward: y = W[tokens]                  [s, b] -> [s, b, h]
-    wgrad:   dW[tokens] += dy, in fp32      [v/tp, h]
+    def __init__(self, weight: ShardedParameter, tokens: Tensor, dy: Tensor) -> None:
+        self.weight, self.tokens, self.dy = weight, tokens, dy
+
+    def compute(self) -> Tensor | None:
+        if self.weight.sink is None:
+            return _add_rows(torch.zeros_like(self.weight), self.tokens, self.dy)
+        _add_rows(self.weight.sink.main_grad, self.tokens, self.dy.float())
+        self.weight.sink.ready()
+        return None
+
+
+class _Lookup(torch.autograd.Function):
+    """y = W[tokens].
+
+    forward: y = W[tokens]          [s, b] -> [s, b, h]
+    wgrad:   dW[tokens] += dy       [v/tp, h], left to `queue` while that collects
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, tokens: Tensor, weight: ShardedParameter) -> Tensor:
+    def forward(ctx: FunctionCtx, tokens: Tensor, weight: ShardedParameter, queue: WeightGradientQueue | None) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.weight = weight
+        ctx.weight, ctx.queue = weight, queue
         return F.embedding(tokens, weight)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[None, Tensor | None]:
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[None, Tensor | None, None]:
         (tokens,) = ctx.saved_tensors
-        weight = ctx.weight
-        if weight.sink is None:
-            return None, _add_rows(torch.zeros_like(weight), tokens, dy)
-        _add_rows(weight.sink.main_grad, tokens, dy.float())
-        weight.sink.ready()
-        return None, None
+        gradient = _LookupWeightGradient(ctx.weight, tokens, dy)
+        if ctx.queue is not None and ctx.queue.collecting:
+            ctx.queue.put(gradient)
+            return None, None, None
+        return None, gradient.compute(), None
 
 
 class VocabularyParallelEmbedding(nn.Module):
-    """Rows of the table by token id: [s, b] -> [s, b, h], or [s/tp, b, h] under sequence parallelism."""
+    """Rows of the table by token id: [s, b] -> [s, b, h], or [s/tp, b, h] under sequence parallelism.
 
-    def __init__(self, weight: ShardedParameter, tp: Axis, sequence_parallel: bool) -> None:
+    `queue`: where the weight gradient waits during the I of a split backward pass. It is meant for a table that is the
+    stage's head too, whose two gradients must add up in the same order as in whole backward passes; None computes the
+    gradient in I.
+    """
+
+    def __init__(
+        self, weight: ShardedParameter, tp: Axis, sequence_parallel: bool, queue: WeightGradientQueue | None = None
+    ) -> None:
         super().__init__()
         self.weight = weight  # [v/tp, h], its shard made by `vocabulary_shard`
-        self.tp, self.sequence_parallel = tp, sequence_parallel
+        self.tp, self.sequence_parallel, self.queue = tp, sequence_parallel, queue
 
     def forward(self, tokens: Tensor) -> Tensor:  # [s, b] -> [s/tp, b, h]
         if self.tp.size == 1:
-            return _Lookup.apply(tokens, self.weight)
+            return _Lookup.apply(tokens, self.weight, self.queue)
         local = tokens - self.tp.rank * self.weight.shape[0]
         outside = (local < 0) | (local >= self.weight.shape[0])
-        y = _Lookup.apply(local.masked_fill(outside, 0), self.weight).masked_fill(outside[..., None], 0.0)
+        y = _Lookup.apply(local.masked_fill(outside, 0), self.weight, self.queue).masked_fill(outside[..., None], 0.0)
         return scatter_sequence(y, self.tp) if self.sequence_parallel else reduce_from_tensor(y, self.tp)

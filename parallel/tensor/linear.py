@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from parallel.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from parallel.collectives import Done, Handle, start_all_gather, start_all_reduce, start_reduce_scatter
 from parallel.groups import Axis
 from parallel.kernels.table import Kernels
 from parallel.shards import Box, Replica, Segment, Shard
+from parallel.tensor.deferred import WeightGradient, WeightGradientQueue
 from parallel.tensor.mappings import reduce_from_tensor, scatter_sequence
 from parallel.tensor.parameter import ShardedParameter
 
@@ -60,14 +61,29 @@ def row_shard(name: str, inputs: int, outputs: int, tp: Axis) -> Shard:
     return Shard(local, (Segment(name, (outputs, inputs), box, Box.whole(local)),))
 
 
-def _weight_gradient(weight: ShardedParameter, x: Tensor, dy: Tensor, kernels: Kernels) -> Tensor | None:
-    """wgrad: dW = dy^T x. Added in fp32 to the engine's main gradient where there is one (then None), else returned."""
-    x, dy = x.flatten(0, -2), dy.flatten(0, -2)
-    if weight.sink is None:
-        return dy.t() @ x
-    kernels.wgrad(weight.sink.main_grad, x, dy)
-    weight.sink.ready()
-    return None
+class _LinearWeightGradient(WeightGradient):
+    """wgrad of a linear: dW = dy^T x.
+
+    x [s/tp, b, i] is gathered over `gather` first where that is not None. dW is added in fp32 to the engine's main gradient
+    where there is one.
+    """
+
+    def __init__(self, weight: ShardedParameter, x: Tensor, dy: Tensor, gather: Axis | None, kernels: Kernels) -> None:
+        self.weight, self.x, self.dy, self.gather, self.kernels = weight, x, dy, gather, kernels
+        self.gathered: Handle = Done()
+
+    def fetch(self) -> None:
+        if self.gather is not None:
+            self.x, self.gathered = start_all_gather(self.x, self.gather)
+
+    def compute(self) -> Tensor | None:
+        self.gathered.wait()
+        x, dy = self.x.flatten(0, -2), self.dy.flatten(0, -2)
+        if self.weight.sink is None:
+            return dy.t() @ x
+        self.kernels.wgrad(self.weight.sink.main_grad, x, dy)
+        self.weight.sink.ready()
+        return None
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -75,37 +91,44 @@ class _ColumnLinear(torch.autograd.Function):
 
     forward: y = all-gather(x) W^T            [s/tp, b, i] -> [s, b, o/tp]     (without sequence parallelism x is [s, b, i])
     dgrad:   dx = reduce-scatter(dy W)        (all-reduce without), behind wgrad; the all-gather of x is behind the dgrad GEMM
-    wgrad:   dW = dy^T all-gather(x)          [o/tp, i]
+    wgrad:   dW = dy^T all-gather(x)          [o/tp, i], left to `queue` while that collects
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: ShardedParameter, tp: Axis, sequence_parallel: bool, kernels: Kernels
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: ShardedParameter,
+        tp: Axis,
+        sequence_parallel: bool,
+        kernels: Kernels,
+        queue: WeightGradientQueue | None,
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.tp, ctx.sequence_parallel, ctx.kernels = weight, tp, sequence_parallel, kernels
+        ctx.weight, ctx.tp, ctx.sequence_parallel, ctx.kernels, ctx.queue = weight, tp, sequence_parallel, kernels, queue
         if sequence_parallel:
             x, gather = start_all_gather(x, tp)
             gather.wait()
         return x @ weight.t()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        tp, weight = ctx.tp, ctx.weight
-        gather = None
-        if ctx.sequence_parallel:
-            x, gather = start_all_gather(x, tp)
+        tp, weight, queue = ctx.tp, ctx.weight, ctx.queue
+        deferred = queue is not None and queue.collecting
+        gradient = _LinearWeightGradient(weight, x, dy, tp if ctx.sequence_parallel else None, ctx.kernels)
+        if deferred:
+            queue.put(gradient)
+        else:
+            gradient.fetch()
         dx = dy @ weight
         if ctx.sequence_parallel:
             dx, reduction = start_reduce_scatter(dx, tp)
         else:
             reduction = start_all_reduce(dx, tp)
-        if gather is not None:
-            gather.wait()
-        dw = _weight_gradient(weight, x, dy, ctx.kernels)
+        dw = None if deferred else gradient.compute()
         reduction.wait()
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 
 class _LocalLinear(torch.autograd.Function):
@@ -113,23 +136,34 @@ class _LocalLinear(torch.autograd.Function):
 
     forward: y = x W^T      [s, b, i/tp] -> [s, b, o], partial sums
     dgrad:   dx = dy W
-    wgrad:   dW = dy^T x    [o, i/tp]
+    wgrad:   dW = dy^T x    [o, i/tp], left to `queue` while that collects
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: ShardedParameter, kernels: Kernels) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: ShardedParameter, kernels: Kernels, queue: WeightGradientQueue | None
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.kernels = weight, kernels
+        ctx.weight, ctx.kernels, ctx.queue = weight, kernels, queue
         return x @ weight.t()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return dy @ ctx.weight, _weight_gradient(ctx.weight, x, dy, ctx.kernels), None
+        queue = ctx.queue
+        gradient = _LinearWeightGradient(ctx.weight, x, dy, None, ctx.kernels)
+        dx = dy @ ctx.weight
+        if queue is not None and queue.collecting:
+            queue.put(gradient)
+            return dx, None, None, None
+        return dx, gradient.compute(), None, None
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T, W split by rows over `tp`: x [s, b, i] (or [s/tp, b, i] under sequence parallelism) -> [s, b, o/tp]."""
+    """y = x W^T, W split by rows over `tp`: x [s, b, i] (or [s/tp, b, i] under sequence parallelism) -> [s, b, o/tp].
+
+    `queue`: where the weight gradient waits during the I of a split backward pass; None always computes it at once.
+    """
 
     def __init__(
         self,
@@ -137,23 +171,34 @@ class ColumnParallelLinear(nn.Module):
         tp: Axis,
         sequence_parallel: bool,
         kernels: Kernels,
+        queue: WeightGradientQueue | None = None,
     ) -> None:
         super().__init__()
         self.weight = weight
-        self.tp, self.sequence_parallel, self.kernels = tp, sequence_parallel, kernels
+        self.tp, self.sequence_parallel, self.kernels, self.queue = tp, sequence_parallel, kernels, queue
 
     def forward(self, x: Tensor) -> Tensor:  # [s/tp, b, i] -> [s, b, o/tp]
-        return _ColumnLinear.apply(x, self.weight, self.tp, self.sequence_parallel, self.kernels)
+        return _ColumnLinear.apply(x, self.weight, self.tp, self.sequence_parallel, self.kernels, self.queue)
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T, W split by columns over `tp`: x [s, b, i/tp] -> [s, b, o], or [s/tp, b, o] under sequence parallelism."""
+    """y = x W^T, W split by columns over `tp`: x [s, b, i/tp] -> [s, b, o], or [s/tp, b, o] under sequence parallelism.
 
-    def __init__(self, weight: ShardedParameter, tp: Axis, sequence_parallel: bool, kernels: Kernels) -> None:
+    `queue` as in `ColumnParallelLinear`.
+    """
+
+    def __init__(
+        self,
+        weight: ShardedParameter,  # [o, i/tp], its shard made by `row_shard`
+        tp: Axis,
+        sequence_parallel: bool,
+        kernels: Kernels,
+        queue: WeightGradientQueue | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = weight  # [o, i/tp], its shard made by `row_shard`
-        self.tp, self.sequence_parallel, self.kernels = tp, sequence_parallel, kernels
+        self.weight = weight
+        self.tp, self.sequence_parallel, self.kernels, self.queue = tp, sequence_parallel, kernels, queue
 
     def forward(self, x: Tensor) -> Tensor:  # [s, b, i/tp] -> [s/tp, b, o]
-        y = _LocalLinear.apply(x, self.weight, self.kernels)
+        y = _LocalLinear.apply(x, self.weight, self.kernels, self.queue)
         return scatter_sequence(y, self.tp) if self.sequence_parallel else reduce_from_tensor(y, self.tp)

@@ -81,7 +81,8 @@ class Bucket:
         self.start, self.stop = shard_axis.rank * shard, (shard_axis.rank + 1) * shard
         self._allocate()
         self.uses = sum(parameter.shard.uses for parameter in self.parameters)
-        self.waiting_uses = -1  # gradients still to come in the last backward pass; -1 before it
+        self.expected_gradients = 0  # still to come before the bucket leaves; below 0 where nobody counts
+        self.has_left = False  # its reduction was started in this step
         self.reduction: Handle | None = None  # of the reduction under way
         self.gather: Handle | None = None  # of the weights' all-gather under way
 
@@ -100,17 +101,25 @@ class Bucket:
 
     # ---- reduction of the gradients -------------------------------------------------------------------------------------
 
+    def begin_step(self) -> None:
+        """Clear the gradients."""
+        self.main_grad.zero_()
+        self.expected_gradients, self.has_left = 0, False
+
+    def expect_passes(self, count: int) -> None:
+        """Leave with the last gradient of `count` backward passes."""
+        self.expected_gradients = self.uses * count
+
     def gradient_ready(self) -> None:
-        """One use of one parameter has added its gradient. The last one starts the reduction."""
-        if self.waiting_uses > 0:
-            self.waiting_uses -= 1
-            if self.waiting_uses == 0:
-                self.start_reduction()
+        """One use of one parameter has added its gradient. The last one that is expected starts the reduction."""
+        assert not self.has_left, "a gradient came after its bucket had left"
+        self.expected_gradients -= 1
+        if self.expected_gradients == 0:
+            self.start_reduction()
 
     def start_reduction(self) -> None:
         """Sum the gradients over the data axis: reduce-scatter to the shards, or all-reduce where nothing is sharded."""
-
-        self.waiting_uses = -1
+        self.has_left = True
         if self.shard_axis.size > 1:
             _, self.reduction = start_reduce_scatter(self.main_grad, self.shard_axis, out=self.master_grad)
         else:

@@ -10,7 +10,8 @@ from parallel.topology import Topology
 from tests.parallel.building import grid
 from tests.ranks import run_ranks
 
-AXIS_NAMES = ("world", "pp_forward", "pp_backward", "dp", "cp", "tp", "data")
+PIPELINE = ("pp_forward", "pp_backward", "pp_forward_down", "pp_backward_up")
+AXIS_NAMES = ("world", *PIPELINE, "dp", "cp", "tp", "data")
 
 
 def describe_axes(rank, world_size, sizes, replica_groups):
@@ -23,7 +24,7 @@ def describe_axes(rank, world_size, sizes, replica_groups):
 @pytest.mark.parametrize("sizes", [{"tp": 2, "dp": 2}, {"pp": 2, "cp": 2}, {"tp": 4}, {"dp": 2, "cp": 2}], ids=str)
 def test_each_axis_joins_the_ranks_that_the_topology_says(sizes):
     topology = Topology(**sizes)
-    names = {name: name for name in ("dp", "cp", "tp")} | {"pp_forward": "pp", "pp_backward": "pp"}
+    names = {name: name for name in ("dp", "cp", "tp")} | {name: "pp" for name in PIPELINE}
     expected = {name: topology.groups(axis) for name, axis in names.items()}
     expected |= {"world": [tuple(range(4))], "data": topology.groups("dp", "cp")}
     for rank, axes in enumerate(run_ranks(4, describe_axes, sizes, {})):
@@ -43,17 +44,24 @@ def test_a_replica_axis_joins_its_groups_and_is_single_for_the_others():
 def look_up_axes(rank, world_size):
     groups = grid(rank, {"kv": [(0, 1)]}, tp=2)
     one_ledger = all(getattr(groups, name).ledger is groups.ledger for name in AXIS_NAMES)
-    pipelines_differ = grid(rank, pp=2)
-    return (
-        groups.axis("tp") is groups.tp,
-        groups.axis("kv") is groups.replicas["kv"],
-        one_ledger,
-        pipelines_differ.pp_forward.group is not pipelines_differ.pp_backward.group,
-    )
+    return groups.axis("tp") is groups.tp, groups.axis("kv") is groups.replicas["kv"], one_ledger
 
 
-def test_axis_by_name_one_ledger_and_a_communicator_per_direction():
-    assert run_ranks(2, look_up_axes) == [(True, True, True, True)] * 2
+def test_axis_by_name_and_one_ledger():
+    assert run_ranks(2, look_up_axes) == [(True, True, True)] * 2
+
+
+def name_lanes(rank, world_size, both_ways):
+    """Which lanes between two ranks share a communicator: the same letter stands for the same one."""
+    groups = build_groups(Topology(pp=2), rank, both_ways=both_ways)
+    lanes = [groups.lane(kind, source, 1 - source).group for kind in "FB" for source in (0, 1)]
+    return "".join("abcd"[lanes.index(lane)] for lane in lanes)
+
+
+def test_lanes_have_communicators_of_their_own_where_they_are_needed():
+    """Activations up and gradients down always; where a placement goes both ways, each way of each kind."""
+    assert run_ranks(2, name_lanes, False) == ["aacc"] * 2
+    assert run_ranks(2, name_lanes, True) == ["abcd"] * 2
 
 
 def test_one_process_needs_no_torch_distributed():

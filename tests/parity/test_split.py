@@ -1,0 +1,112 @@
+"""Training with split backward passes and with several chunks on a rank, by lists made by hand, against whole ones.
+
+Splitting changes no bit: not over tensor ranks, nor under sequence parallelism, recomputation, a tied head, or buckets that
+leave while weight gradients still wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+import megatron_llama.runtime
+import megatron_llama.step
+from megatron_llama.config import ParallelConfig
+from parallel.pipeline.layout import Placement
+from parallel.pipeline.schedules import one_forward_one_backward
+from parallel.zero.buckets import Bucket
+from tests.parallel.pipeline.lists import all_forward_all_backward, split_backward
+from tests.parity.comparison import differences, inexact, reference
+from tests.parity.test_parity import GQA, SGD, SHALLOW, SMALL_BATCH, TIED, layout
+from tests.parity.training import MODEL, Case, train
+from tests.ranks import run_ranks
+
+DEEP = replace(MODEL, num_layers=8)
+
+
+@dataclass(frozen=True)
+class Lists:
+    """A schedule: whole backward passes, or split ones whose W come `delay` I later; and the kind of its placement."""
+
+    delay: int | None = None
+    kind: str = "loop"
+
+    def placement(self, pp: int, chunks: int) -> Placement:
+        return Placement(pp, chunks, self.kind)
+
+    def __call__(self, placement: Placement, micro_batches: int):
+        made = one_forward_one_backward if placement.chunks == 1 else all_forward_all_backward
+        schedule = made(placement, micro_batches)
+        return schedule if self.delay is None else split_backward(schedule, self.delay)
+
+
+def train_with(rank: int, world_size: int, case: Case, lists: Lists, steps: int):
+    schedules = {case.parallel.schedule: lists}
+    megatron_llama.step.SCHEDULES = megatron_llama.runtime.SCHEDULES = schedules
+    return train(rank, world_size, case, steps)
+
+
+SPLIT_CASES = [
+    Case("one-process", layout(), SHALLOW),
+    Case("tp2", layout(tp=2), SHALLOW, SMALL_BATCH),
+    Case("selective-tp2-sp", layout(tp=2, sequence_parallel=True, recompute="selective"), SHALLOW, SMALL_BATCH),
+    Case("full-tp2-sp", layout(tp=2, sequence_parallel=True, recompute="full"), SHALLOW, SMALL_BATCH),
+    Case("full", layout(recompute="full"), GQA),
+    Case("tied", layout(), replace(TIED, num_layers=2)),
+    Case("tied-pp2", layout(pp=2), TIED, SMALL_BATCH),
+    Case("pp2-dp2-zero1", layout(pp=2, dp=2), SHALLOW),
+]
+
+
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=lambda case: case.name)
+def test_splitting_the_backward_pass_changes_no_bit(case: Case) -> None:
+    whole = run_ranks(case.world_size, train_with, case, Lists(), 3)
+    split = run_ranks(case.world_size, train_with, case, Lists(delay=2), 3)
+    assert inexact(split, whole) == []
+
+
+def chunked(chunks: int, **settings) -> ParallelConfig:
+    return layout(chunks=chunks, **settings)
+
+
+CHUNK_CASES = [
+    (Case("pp2-chunks4-loop", chunked(4, pp=2), DEEP, SMALL_BATCH), "loop"),
+    (Case("pp4-chunks2-v", chunked(2, pp=4), DEEP, SMALL_BATCH), "v"),
+    (Case("tp2-pp2-chunks2-v", chunked(2, pp=2, tp=2, sequence_parallel=True), MODEL, SMALL_BATCH), "v"),
+    (Case("tied-pp2-chunks2-loop", chunked(2, pp=2), TIED, SMALL_BATCH), "loop"),
+    (Case("tied-pp2-chunks2-v-dp2", chunked(2, pp=2, dp=2), TIED, SMALL_BATCH), "v"),
+    (Case("tied-chunks2", chunked(2), TIED, SMALL_BATCH), "loop"),
+]
+
+
+@pytest.mark.parametrize(("case", "kind"), CHUNK_CASES, ids=lambda value: getattr(value, "name", ""))
+def test_several_chunks_on_a_rank_are_as_one_process(case: Case, kind: str) -> None:
+    """A tied head on the embedding's rank, though in another chunk, is the same parameter."""
+    case = replace(case, optimizer=SGD)
+    assert differences(case, run_ranks(case.world_size, train_with, case, Lists(1, kind), 8)) == []
+
+
+@pytest.mark.parametrize("kind", ["loop", "v"])
+def test_chunks_without_clipping_change_no_bit(kind: str) -> None:
+    case = Case("chunks", chunked(2, pp=2), train=SMALL_BATCH, optimizer=replace(SGD, clip_norm=0.0))
+    assert inexact(run_ranks(2, train_with, case, Lists(1, kind), 8), [reference(case)]) == []
+
+
+def leave_one_gradient_early(monkeypatch) -> None:
+    """A bucket that leaves before its last weight gradient."""
+
+    def early(self):
+        self.expected_gradients -= 1
+        if self.expected_gradients == 1:
+            self.start_reduction()
+
+    monkeypatch.setattr(Bucket, "gradient_ready", early)
+
+
+def test_a_bucket_that_leaves_a_weight_gradient_early_is_caught(monkeypatch) -> None:
+    """Even where nothing asserts it: the data ranks' sums lack a gradient."""
+    case = Case("early", layout(dp=2), SHALLOW, SMALL_BATCH, SGD)
+    reference(case)
+    leave_one_gradient_early(monkeypatch)
+    assert differences(case, run_ranks(2, train_with, case, Lists(1), 8)) != []
