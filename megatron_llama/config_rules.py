@@ -40,7 +40,7 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
 
 def validate_training(config: RunConfig, world_size: int) -> None:
     """Checks data, batch, length and optimizer of a training run. Raises ConfigError."""
-    for rule in (_training_data, _length, _optimizer, _evaluation):
+    for rule in (_training_data, _length, _optimizer, _post_validation, _evaluation):
         rule(config)
     _batch(config, world_size)
 
@@ -94,7 +94,6 @@ def _landed(config: RunConfig) -> None:
     parallel = config.parallel
     waiting = (
         (parallel.cp > 1, f"parallel.cp = {parallel.cp}: context parallelism has not landed; set --parallel.cp to 1"),
-        (parallel.chunks > 1, f"parallel.chunks = {parallel.chunks}: interleaved schedules have not landed; set it to 1"),
         (parallel.zero_stage > 1, f"parallel.zero_stage = {parallel.zero_stage}: only 0 and 1 have landed; set it to 1"),
         (parallel.zero_engine != "native", f"parallel.zero_engine = {parallel.zero_engine} has not landed; set it to native"),
         (
@@ -203,10 +202,16 @@ def _training_data(config: RunConfig) -> None:
         raise ConfigError(
             "data.train is empty; give the prefix of an indexed dataset (PREFIX.bin and PREFIX.idx) with --data.train PREFIX"
         )
-    if config.data.document_mask and config.data.order == "megatron":
+    packing = config.data.packing
+    if packing != "none" and config.data.order == "megatron":
         raise ConfigError(
-            "data.document_mask = true cannot be had with data.order = megatron, whose runs attend across documents; "
-            "set --data.document_mask false"
+            f"data.packing = {packing} cannot be had with data.order = megatron, which cuts documents as Megatron does; "
+            "set --data.packing none"
+        )
+    if packing != "none" and not config.data.document_mask:
+        raise ConfigError(
+            f"data.packing = {packing} puts unrelated documents into one sample, and data.document_mask = false would let them "
+            "attend to each other; set --data.document_mask true"
         )
 
 
@@ -242,6 +247,14 @@ def _optimizer(config: RunConfig) -> None:
         )
     if optimizer.name == "adamw" and optimizer.eps <= 0:
         raise ConfigError(f"optimizer.eps = {optimizer.eps} must be above 0; the usual value is 1e-8")
+
+
+def _post_validation(config: RunConfig) -> None:
+    if config.parallel.post_validation and config.parallel.pp == 1:
+        raise ConfigError(
+            "parallel.post_validation = true spares pipeline ranks a wait for one another, and parallel.pp = 1: "
+            "set --parallel.post_validation false"
+        )
 
 
 def _evaluation(config: RunConfig) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from parallel.pipeline.schedules import SCHEDULES
+
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
     """A dataclass field with its help line and the limits that concern it alone."""
@@ -70,14 +72,16 @@ class ParallelConfig:
     dp: int = setting(0, "data-parallel size; 0 follows from the world size", minimum=0)
     cp: int = setting(1, "context-parallel size", minimum=1)
     chunks: int = setting(1, "model chunks on each pipeline rank", minimum=1)
-    schedule: str = setting("1f1b", "pipeline schedule", choices=("gpipe", "1f1b"))
+    schedule: str = setting("1f1b", "pipeline schedule; auto takes the fastest that fits", choices=("auto", *SCHEDULES))
+    activation_memory_gib: float = setting(0.0, "activations that a rank may keep; 0 is no limit", minimum=0.0)
     sequence_parallel: bool = setting(True, "split norms and residuals along the sequence over tp ranks; no effect at tp 1")
     recompute: str = setting("none", "activations to compute again in the backward", choices=("none", "selective", "full"))
     zero_stage: int = setting(1, "0 all-reduces gradients, 1 shards the optimizer over dp", minimum=0)
     zero_engine: str = setting("native", "who runs ZeRO", choices=("native", "deepspeed"))
     zero_shard_group_size: int = setting(0, "dp ranks that share one optimizer copy; 0 is all of them", minimum=0)
-    layers_per_stage: StageLayers = setting("auto", "layers of each stage, pp x chunks numbers, or auto")
+    layers_per_stage: StageLayers = setting("auto", "layers of each stage, pp x chunks numbers; auto balances, head included")
     bucket_size: int = setting(40_000_000, "parameters in one gradient bucket", minimum=1)
+    post_validation: bool = setting(False, "update before the norm is known and correct it later: no wait at a step's end")
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class DataConfig:
     allow_changed: bool = setting(False, "resume although a dataset, the seed or the order is not the checkpoint's")
     first_sample: int = setting(0, "sample that a fresh start begins with: a Megatron run's consumed samples", minimum=0)
     megatron_split: str = setting("1", "--split of the Megatron run, whose first part is trained on (order = megatron)")
-    document_mask: bool = setting(False, "attend inside documents only, and number positions from each one's start")
+    document_mask: bool = setting(True, "attend inside documents only, positions from each start; off if order = megatron")
+    packing: str = setting("none", "best_fit puts whole documents into each sample, not windows", choices=("none", "best_fit"))
     tokenizer: str = setting("", "tokenizer .model file, copied into the run and its checkpoints; may be empty")
 
 
@@ -155,6 +160,7 @@ class LogConfig:
 
     directory: str = setting("runs/llama", "run directory: config.toml, metrics.jsonl, tensorboard, logs, checkpoints")
     every: int = setting(10, "steps between progress lines", minimum=1)
+    trace_steps: int = setting(0, "steps to trace, from this process's second on, to traces/step_N.json", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,11 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """`parallel.dp`, or what the world size leaves to it where it is 0 (0 if the other axes don't fit the world)."""
     parallel = config.parallel
     return parallel.dp or world_size // (parallel.tp * parallel.pp * parallel.cp)
+
+
+def masks_documents(data: DataConfig) -> bool:
+    """Whether attention stays inside documents: as asked for, but never in Megatron's order, whose runs attend across them."""
+    return data.document_mask and data.order != "megatron"
 
 
 def tokens_per_step(config: RunConfig) -> int:

@@ -44,5 +44,5 @@ def _fit(config: RunConfig, world_size: int) -> RunConfig:
     """The stored layout with dp following from the ranks at hand; no model parallelism where it does not fit them."""
     parallel = replace(config.parallel, dp=0)
     if world_size % (parallel.tp * parallel.pp * parallel.cp):
-        parallel = replace(parallel, tp=1, pp=1, cp=1, layers_per_stage="auto")
+        parallel = replace(parallel, tp=1, pp=1, cp=1, chunks=1, schedule="1f1b", layers_per_stage="auto")
     return replace(config, parallel=parallel)

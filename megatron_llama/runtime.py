@@ -12,10 +12,13 @@ from megatron_llama.config import RunConfig
 from megatron_llama.model.attention import kv_replicas
 from megatron_llama.model.build import ModelContext
 from megatron_llama.model.stage import Stage, build_chunks
+from megatron_llama.pipeline_plan import stage_layers
 from parallel.groups import ProcessGroups, build_groups
 from parallel.kernels.table import Kernels, resolve_kernels
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.layout import Placement, split_layers
+from parallel.pipeline.p2p import both_ways, open_lanes
+from parallel.pipeline.schedules import SCHEDULES
 from parallel.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,6 +56,14 @@ def topology_of(config: RunConfig, world_size: int) -> Topology:
     return Topology(pp=parallel.pp, dp=dp, cp=parallel.cp, tp=parallel.tp)
 
 
+def placement_of(config: RunConfig) -> Placement:
+    """Where the stages lie: as the schedule has it; without a choice (`auto`, before it is settled) in turn."""
+    parallel = config.parallel
+    if parallel.schedule == "auto":
+        return Placement(parallel.pp, parallel.chunks)
+    return SCHEDULES[parallel.schedule].placement(parallel.pp, parallel.chunks)
+
+
 def replica_groups(config: RunConfig, topology: Topology, placement: Placement) -> dict[str, list[tuple[int, ...]]]:
     """Axes that only some segments need: runs of tensor ranks that share a kv head, and the two ends of a tied embedding."""
     groups = {}
@@ -74,9 +85,10 @@ def build_runtime(
     """
     parallel = config.parallel
     topology = topology_of(config, world_size)
-    placement = Placement(parallel.pp, parallel.chunks)
-    groups = build_groups(topology, rank, replica_groups(config, topology, placement), timeout)
-    layers = split_layers(config.model.num_layers, placement.num_stages, parallel.layers_per_stage)
+    placement = placement_of(config)
+    groups = build_groups(topology, rank, replica_groups(config, topology, placement), timeout, both_ways(placement))
+    open_lanes(placement, groups, device)
+    layers = split_layers(config.model.num_layers, placement.num_stages, stage_layers(config, placement))
     kernels = resolve_kernels(vars(config.kernels), device)
     context = ModelContext(
         model=config.model,

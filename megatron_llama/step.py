@@ -10,11 +10,15 @@ from torch import Tensor
 
 from megatron_llama.config import RunConfig
 from megatron_llama.data.loader import MicroBatch, target_count
+from megatron_llama.pipeline_plan import stage_costs
 from megatron_llama.runtime import Runtime
 from parallel.collectives import Handle, start_all_reduce
+from parallel.errors import ConfigError
 from parallel.pipeline.check import check_schedule
 from parallel.pipeline.schedules import SCHEDULES, Action
+from parallel.pipeline.speculation import SpeculativeStart, speculative_start
 from parallel.zero.native import NativeZero, OptimizerSettings, StepInfo
+from parallel.zero.post_validation import PostValidatedZero
 
 
 def optimizer_settings(config: RunConfig) -> OptimizerSettings:
@@ -32,13 +36,47 @@ def optimizer_settings(config: RunConfig) -> OptimizerSettings:
     )
 
 
+def make_engine(runtime: Runtime) -> NativeZero:
+    """The optimizer engine that the run asks for, over this rank's chunks; all ranks call it together.
+
+    Raises ConfigError where the first and the last pipeline rank have to meet in every step.
+    """
+    parallel, settings = runtime.config.parallel, optimizer_settings(runtime.config)
+    if not parallel.post_validation:
+        return NativeZero(runtime.chunks, runtime.groups, settings)
+    if "embedding" in runtime.groups.replicas:
+        raise ConfigError(
+            "parallel.post_validation = true cannot be had with model.tie_embeddings under parallel.schedule = "
+            f"{parallel.schedule}: embedding and head are on two pipeline ranks, which add up their gradients at the end of "
+            "every step; set --parallel.post_validation false, or --parallel.schedule zb-v with --parallel.chunks 2, where "
+            "one rank has both"
+        )
+    return PostValidatedZero(runtime.chunks, runtime.groups, settings)
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One step's micro-batches on this data rank, and the global number of targets, on its way."""
+    """One step's micro-batches on this data rank, and what is counted over the global batch, on its way.
+
+    `counts` are the number of targets and the sum of squared document lengths; valid after `counted.wait()`.
+    """
 
     micro_batches: Sequence[MicroBatch]
-    target_count: Tensor  # [1] int64, valid after `counted.wait()`
+    counts: Tensor  # [2] int64
     counted: Handle
+
+
+def squared_document_lengths(micro_batches: Sequence[MicroBatch]) -> int:
+    """The sum of length^2 over the documents of micro-batches on the host, which attention costs; a sample without is one."""
+    total = 0
+    for batch in micro_batches:
+        s, b = batch.tokens.shape
+        if batch.documents is None:
+            total += b * s**2
+        else:
+            lengths = batch.documents.cu_seqlens.diff().long()  # repeated ends are padding: length 0
+            total += int((lengths * lengths).sum())
+    return total
 
 
 class TrainStep:
@@ -48,30 +86,38 @@ class TrainStep:
         config = runtime.config
         self.runtime, self.engine = runtime, engine
         schedule = SCHEDULES[config.parallel.schedule](runtime.placement, num_micro_batches)
-        self.report = check_schedule(schedule, runtime.placement, num_micro_batches)
-        self.actions: list[Action] = schedule[runtime.groups.place.pp]
+        costs = stage_costs(config, runtime.placement)
+        self.report = check_schedule(schedule, runtime.placement, num_micro_batches, costs)
+        rank = runtime.groups.place.pp
+        self.actions: list[Action] = schedule[rank]
+        self.start: SpeculativeStart | None = None
+        if isinstance(engine, PostValidatedZero):
+            self.start = speculative_start(schedule, runtime.placement, rank, engine.validate)
         self.executor = runtime.executor(config.train.sequence_length, config.train.micro_batch_size)
 
     def prepare(self, micro_batches: Sequence[MicroBatch]) -> Batch:
-        """Move a step's micro-batches to the device and start counting the targets of the global batch."""
+        """Move a step's micro-batches to the device and start counting over the global batch."""
         device = self.runtime.device
-        count = torch.tensor([target_count(micro_batches)], dtype=torch.int64)  # still on the host
-        count = count.to(device, non_blocking=True)
-        counted = start_all_reduce(count, self.runtime.groups.data)
-        return Batch([batch.to(device) for batch in micro_batches], count, counted)
+        counts = torch.tensor([target_count(micro_batches), squared_document_lengths(micro_batches)])  # still on the host
+        counts = counts.to(device, non_blocking=True)
+        counted = start_all_reduce(counts, self.runtime.groups.data)
+        return Batch([batch.to(device) for batch in micro_batches], counts, counted)
 
-    def run(self, batch: Batch, learning_rate: float, stop_wished: bool = False) -> StepInfo:
+    def run(
+        self, batch: Batch, learning_rate: float, stop_wished: bool = False, data_wait_seconds: float = 0.0
+    ) -> StepInfo:
         """Forward, backward, reduction and update.
 
-        `StepInfo.sums` is [token-mean loss of the global batch, number of ranks that wish to stop], fp64 on the device.
+        `StepInfo.sums`, fp64 on the device: the token-mean loss of the global batch, the number of ranks that wish to stop,
+        and the seconds that all ranks together have waited for data.
         """
         batch.counted.wait()
-        share = batch.target_count.clamp(min=1)
+        share = batch.counts[0].clamp(min=1)
         micro_batches = [replace(mb, loss_mask=mb.loss_mask / share) for mb in batch.micro_batches]
         self.engine.begin_step()
-        losses = self.executor.run(self.actions, micro_batches, self.engine)
+        losses = self.executor.run(self.actions, micro_batches, self.engine, self.start)
         loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         if self.runtime.has_loss and self.runtime.groups.tp.rank == 0:  # tensor ranks all have the same loss
             loss = torch.stack(losses).double().sum()
-        stop = torch.full_like(loss, float(stop_wished))
-        return self.engine.step(learning_rate, torch.stack([loss, stop]))
+        from_host = [torch.full_like(loss, value) for value in (float(stop_wished), data_wait_seconds)]
+        return self.engine.step(learning_rate, torch.stack([loss, *from_host]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,19 +20,21 @@ from megatron_llama.config import (
     RunConfig,
     checkpoint_directory,
     load_config,
+    masks_documents,
     micro_batches_per_step,
     to_toml,
     total_steps,
     validate,
 )
-from megatron_llama.data.blend import Blend, build_blend
-from megatron_llama.data.loader import Loader
+from megatron_llama.data.held_out import HeldOutSource, open_held_out
 from megatron_llama.data.mixture import table_lines
-from megatron_llama.data.training_data import TrainingData, open_training_data
+from megatron_llama.data.training_data import TrainingData
 from megatron_llama.evaluate import Evaluator
 from megatron_llama.flops import parameter_count
 from megatron_llama.metrics import MetricsWriter
+from megatron_llama.pipeline_plan import settle_schedule
 from megatron_llama.program import STOPPED, agree, asks_for_help, open_log, run_program
+from megatron_llama.run_data import make_loader, open_run_data
 from megatron_llama.runtime import Runtime, build_runtime
 from megatron_llama.state import (
     TOKENIZER_FILE,
@@ -42,9 +43,8 @@ from megatron_llama.state import (
     fresh_position,
     load_state,
     save_state,
-    stored_position,
 )
-from megatron_llama.step import TrainStep, optimizer_settings
+from megatron_llama.step import TrainStep, make_engine
 from megatron_llama.tokenizer import Tokenizer
 from megatron_llama.trainer import Trainer
 from parallel import launch as launching
@@ -68,14 +68,15 @@ def main(launch: Launch, argv: list[str]) -> int:
             print(to_toml(config), end="")
         return 0
     validate(config, launch.world_size)
+    settled = settle_schedule(config, launch.world_size)
     device = launching.choose_device(launch, config.train.device)
     launching.start(launch, device, TIMEOUT)
-    runtime = build_runtime(config, launch.rank, launch.world_size, device, TIMEOUT)
+    runtime = build_runtime(settled, launch.rank, launch.world_size, device, TIMEOUT)
     world, data = runtime.groups.world, runtime.groups.data
-    train_data, valid_data, tokenizer = agree(lambda: _open_data(config), world, device)
+    train_data, held_out, tokenizer = agree(lambda: _open_data(config), world, device)
     log = agree(lambda: _in_run_directory(config, lambda directory: open_log(directory, launch.rank)), world, device)
 
-    engine = NativeZero(runtime.chunks, runtime.groups, optimizer_settings(config))
+    engine = make_engine(runtime)
     position = agree(lambda: _resume(config, runtime, engine), world, device)
     if position.step >= total_steps(config):  # a job that was submitted once more
         log.info(f"step {position.step} of {total_steps(config)}: this run is complete; raise --train.steps to go on")
@@ -92,14 +93,11 @@ def main(launch: Launch, argv: list[str]) -> int:
         return MetricsWriter(directory, position.step)
 
     metrics = agree(lambda: _in_run_directory(config, record), world, device)
-    train = config.train
-    batch = train.micro_batch_size, train.global_batch_size
-    mask = config.data.document_mask
-    loader = Loader(train_data.blend, train.sequence_length, *batch, data.rank, data.size, mask)
+    loader = make_loader(config, train_data, data.rank, data.size)
     evaluator = None
-    if valid_data is not None:
-        make_evaluator = partial(Evaluator, runtime, valid_data, train.evaluate_tokens, train.micro_batch_size, mask)
-        evaluator = agree(make_evaluator, world, device)
+    if held_out:
+        micro_batch_size, mask = config.train.micro_batch_size, masks_documents(config.data)
+        evaluator = agree(lambda: Evaluator(runtime, held_out, micro_batch_size, mask), world, device)
 
     def save(position: Position) -> None:
         directory = save_state(runtime, engine, position, train_data.state(position.samples), tokenizer)
@@ -111,25 +109,23 @@ def main(launch: Launch, argv: list[str]) -> int:
     return 0 if finished else STOPPED
 
 
-def _open_data(config: RunConfig) -> tuple[TrainingData, Blend | None, bytes | None]:
+def _open_data(config: RunConfig) -> tuple[TrainingData, list[HeldOutSource], bytes | None]:
     """Training data, held-out data, and the tokenizer's bytes. Raises DataError, ConfigError and CheckpointError."""
     data, model, length = config.data, config.model, config.train.sequence_length
-    start, stored = stored_position(config)
-    end_sample = start.samples + max(0, total_steps(config) - start.step) * config.train.global_batch_size
-    train = open_training_data(data, length, model.vocab_size, end_sample, start.samples, stored)
-    valid = None
+    train, _ = open_run_data(config)
+    held_out = []
     if data.valid:
         entries = [(s.prefix, s.weight) for s in data.valid]
-        valid = build_blend(entries, length, data.seed, model.vocab_size, shuffle=False)
+        held_out = open_held_out(entries, length, model.vocab_size, config.train.evaluate_tokens, "data.valid")
     if not data.tokenizer:
-        return train, valid, None
+        return train, held_out, None
     tokenizer = Tokenizer(data.tokenizer)
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"data.tokenizer {data.tokenizer} has {tokenizer.vocab_size} pieces, more than model.vocab_size = "
             f"{model.vocab_size}: set --model.vocab_size {tokenizer.vocab_size}"
         )
-    return train, valid, Path(data.tokenizer).read_bytes()
+    return train, held_out, Path(data.tokenizer).read_bytes()
 
 
 def _in_run_directory(config: RunConfig, work: Callable[[Path], Result]) -> Result:
@@ -168,9 +164,7 @@ def describe(
         f"stage {s} (pp rank {runtime.placement.rank(s)}): layers {layers.start}-{layers.stop - 1}"
         for s, layers in enumerate(runtime.layers)
     )
-    buckets = engine.buckets
-    state_bytes = sum(b.weights.numel() * b.weights.element_size() + 4 * b.main_grad.numel() for b in buckets)
-    state_bytes += sum(4 * b.master.numel() * (3 if b.weights.dtype != torch.float32 else 2) for b in buckets)
+    chunks = f" with {parallel.chunks} chunks" if parallel.chunks > 1 else ""
     peaks = ", ".join(map(str, report.peak_activations))
     micro_batches = train.global_batch_size // (train.micro_batch_size * groups.data.size)
     tokens = train.global_batch_size * train.sequence_length
@@ -182,13 +176,14 @@ def describe(
             f"hidden {model.hidden_size}, {model.num_heads} heads, {model.num_kv_heads} kv heads, {train.dtype}",
             f"grid      {groups.topology}{split}",
             f"layers    {stages}",
-            f"schedule  {parallel.schedule}, {micro_batches} micro-batches of {train.micro_batch_size}; bubble "
-            f"{report.bubble:.1%} where a backward costs two forwards; activations in flight per stage: {peaks}; "
-            f"recompute {parallel.recompute}",
+            f"schedule  {parallel.schedule}{chunks}, {micro_batches} micro-batches of {train.micro_batch_size}; bubble "
+            f"{report.bubble:.1%} by FLOPs; activations in flight per rank: {peaks}, at most "
+            f"{max(report.peak_memory):,.3f} GiB; recompute {parallel.recompute}",
             f"optimizer {config.optimizer.name}, ZeRO stage {parallel.zero_stage} over {groups.data.size} data ranks, "
-            f"{len(buckets)} buckets; weights, gradients and optimizer state of this rank: {state_bytes / 2**20:,.1f} MiB",
+            f"{len(engine.buckets)} buckets; weights, gradients and optimizer state of this rank: "
+            f"{engine.state_bytes / 2**20:,.1f} MiB",
             f"kernels   {runtime.kernels}",
-            f"data      {len(data.rows)} sources, {data.blend.num_windows:,} windows of {train.sequence_length} tokens, order "
+            f"data      {len(data.rows)} sources, {data.blend.num_windows:,} samples of {train.sequence_length} tokens, order "
             f"{config.data.order}; at the end of the run:",
             *(f"          {line}" for line in [*table_lines(data.rows), *data.notes]),
             f"steps     {total_steps(config):,} of {train.global_batch_size} sequences = {tokens:,} tokens; "

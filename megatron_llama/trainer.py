@@ -7,22 +7,22 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from megatron_llama.config import RunConfig, tokens_per_step, total_steps
 from megatron_llama.data.loader import Loader, Prefetcher
 from megatron_llama.evaluate import Evaluator
-from megatron_llama.flops import dense_peak_flops, flops_per_token, model_flops_utilization
+from megatron_llama.flops import dense_peak_flops, model_flops, model_flops_utilization
 from megatron_llama.lr_schedule import learning_rate
 from megatron_llama.metrics import MetricsWriter, StepRecord
 from megatron_llama.program import LOGGER
 from megatron_llama.progress import Progress
 from megatron_llama.state import Position
-from megatron_llama.step import TrainStep
-from parallel.zero.native import NativeZero, StepInfo
+from megatron_llama.step import Batch, TrainStep
+from megatron_llama.tracing import StepTracer
+from megatron_llama.verdict import Moment, StepNumbers, Verdict
+from parallel.zero.native import NativeZero
 
 SAVED_BY_STOP = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -45,54 +45,6 @@ class StopRequest:
         self.wished = True
 
 
-class Moment:
-    """A point in the device's work: an event on a GPU, the time on a CPU, which does its work when it is told."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event, self._seconds = None, time.perf_counter()
-        if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record()
-
-    def wait(self) -> None:
-        """Return when the device has got there."""
-        if self._event is not None:
-            self._event.synchronize()
-
-    def seconds_since(self, earlier: Moment) -> float:
-        """Seconds of the device's work from `earlier` to here; both must have been waited for."""
-        if self._event is not None and earlier._event is not None:
-            return earlier._event.elapsed_time(self._event) / 1000.0  # milliseconds
-        return self._seconds - earlier._seconds
-
-
-class Verdict:
-    """The numbers of one step on their way to the host: [loss, ranks that wish to stop, gradient norm, skipped]."""
-
-    def __init__(self, step: int, rate: float, info: StepInfo) -> None:
-        self.step, self.rate = step, rate
-        values = torch.cat([info.sums, torch.stack([info.norm, info.skipped.double()])])
-        self._values: Tensor = values
-        if values.is_cuda:
-            self._values = torch.empty(4, dtype=torch.float64, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-        self.finished = Moment(values.device)
-
-    def read(self) -> list[float]:
-        """Wait for this step (not for later ones) and return its numbers."""
-        self.finished.wait()
-        return self._values.tolist()
-
-
-@dataclass
-class Interval:
-    """What has gathered since the last progress line."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-
-
 class Trainer:
     """Runs a training from `position` to its end, to `train.exit_step`, or until it is asked to stop.
 
@@ -113,17 +65,16 @@ class Trainer:
     ) -> None:
         self.config, self.step, self.engine, self.loader = config, step, engine, loader
         self.position, self.save, self.evaluator, self.metrics = position, save, evaluator, metrics
+        self.tracer = StepTracer(config.log, step.executor)
         self.last_step = total_steps(config)
         self.end_step = min(self.last_step, config.train.exit_step or self.last_step)
         self.tokens_per_step = tokens_per_step(config)
         device, world = step.runtime.device, step.runtime.groups.topology.world_size
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.peak = dense_peak_flops(name, config.train.dtype)
-        self.flops_per_token = flops_per_token(config.model, config.train.sequence_length)
         self.world_size = world
-        self.progress = Progress(self.last_step, self.tokens_per_step, self.flops_per_token, world, self.peak)
+        self.progress = Progress(self.last_step, world, self.peak)
         self.log = logging.getLogger(LOGGER)
-        self.interval = Interval()
         self.saved_step = position.step
 
     def run(self) -> bool:
@@ -133,19 +84,21 @@ class Trainer:
         pending: Verdict | None = None
         stopped = False
         with StopRequest() as stop, Prefetcher(self.loader, self.position.samples, end_sample) as batches:
+            ahead, _ = self._prepare_next(batches)
             self._since = Moment(self.step.runtime.device)  # where the step under way began
-            ahead = self._prepare_next(batches)
             while ahead is not None and not stopped:
-                batch, ahead = ahead, self._prepare_next(batches)
+                batch = ahead
+                ahead, waited = self._prepare_next(batches)
                 rate = learning_rate(self.position.step, self.config.optimizer, self.last_step)
-                info = self.step.run(batch, rate, stop.wished)
                 step = self.position.step + 1
+                with self.tracer.step(step):
+                    info = self.step.run(batch, rate, stop.wished, waited)
                 self.position = Position(
                     step, self.position.samples + batch_size, self.position.tokens + self.tokens_per_step
                 )
                 if pending is not None:
                     stopped = self._report(pending)
-                pending = Verdict(step, rate, info)
+                pending = Verdict(step, rate, info, batch.counts[1])
                 if self._pauses_after(step) or ahead is None:
                     stopped = self._report(pending) or stopped
                     pending = None
@@ -159,31 +112,40 @@ class Trainer:
             return False
         return True
 
-    def _prepare_next(self, batches: Prefetcher):
+    def _prepare_next(self, batches: Prefetcher) -> tuple[Batch | None, float]:
+        """The next batch, if there is one, and the seconds that the loop waited until it was read."""
+        started = time.perf_counter()
         micro_batches = next(batches, None)
-        return None if micro_batches is None else self.step.prepare(micro_batches)
+        waited = time.perf_counter() - started
+        return None if micro_batches is None else self.step.prepare(micro_batches), waited
 
     def _report(self, verdict: Verdict) -> bool:
         """Record a finished step; returns whether the ranks have agreed to stop."""
-        loss, wishes, norm, skipped = verdict.read()
+        numbers = verdict.read()
         seconds, self._since = verdict.finished.seconds_since(self._since), verdict.finished
-        speed = self.tokens_per_step / seconds
-        self.interval.steps += 1
-        self.interval.seconds += seconds
-        self.interval.skipped += int(skipped)
         if self.metrics is not None:
-            mfu = model_flops_utilization(speed, self.flops_per_token, self.world_size, self.peak)
-            tokens = self.position.tokens - (self.position.step - verdict.step) * self.tokens_per_step
-            record = StepRecord(verdict.step, loss, norm, verdict.rate, tokens, seconds, speed, mfu)
-            self.metrics.write_step(record, **({"skipped": True} if skipped else {}))
-            if verdict.step % self.config.log.every == 0 or verdict.step == self.end_step:
-                done = self.interval
-                self.progress.report(
-                    verdict.step, loss, verdict.rate, norm, done.steps, done.seconds, self._memory_bytes(), done.skipped
-                )
-        if verdict.step % self.config.log.every == 0:
-            self.interval = Interval()
-        return wishes > 0
+            self._record(self.metrics, verdict, numbers, seconds)
+        return numbers.stop_wishes > 0
+
+    def _record(self, metrics: MetricsWriter, verdict: Verdict, numbers: StepNumbers, seconds: float) -> None:
+        """Write a step to the metrics; print a line where one is due."""
+        flops = model_flops(self.config.model, self.tokens_per_step, int(numbers.squared_lengths))
+        speed = self.tokens_per_step / seconds
+        record = StepRecord(
+            step=verdict.step,
+            loss=numbers.loss,
+            grad_norm=numbers.grad_norm,
+            learning_rate=verdict.rate,
+            tokens=self.position.tokens - (self.position.step - verdict.step) * self.tokens_per_step,
+            step_seconds=seconds,
+            tokens_per_second=speed,
+            data_wait_seconds=numbers.data_wait_seconds / self.world_size,
+            mfu=model_flops_utilization(speed, flops / self.tokens_per_step, self.world_size, self.peak),
+        )
+        metrics.write_step(record, **({"skipped": True} if numbers.skipped else {}))
+        self.progress.add(self.tokens_per_step, flops, seconds, record.data_wait_seconds, bool(numbers.skipped))
+        if verdict.step % self.config.log.every == 0 or verdict.step == self.end_step:
+            self.progress.report(verdict.step, numbers.loss, verdict.rate, numbers.grad_norm, self._memory_bytes())
 
     def _memory_bytes(self) -> int:
         """The most memory this rank has held: on the GPU, or resident in main memory."""
@@ -202,10 +164,11 @@ class Trainer:
         train, checkpoint = self.config.train, self.config.checkpoint
         if self.evaluator is not None and (last or (train.evaluate_every and step % train.evaluate_every == 0)):
             self.engine.finish()
-            loss = self.evaluator.loss()
+            evaluation = self.evaluator.evaluate()
             if self.metrics is not None:
-                self.metrics.write_evaluation(step, loss)
-                self.log.info(f"step {step}: held-out loss {loss:.4f} over {self.evaluator.tokens:,} tokens")
+                self.metrics.write_evaluation(step, **evaluation.record())
+                head = f"step {step}: held-out loss {evaluation.total.loss:.4f} over {evaluation.total.tokens:,} tokens"
+                self.log.info("\n    ".join([head, *evaluation.table_lines()]))
         if last or (checkpoint.save_every and step % checkpoint.save_every == 0):
             self._save()
         self._since = Moment(self.step.runtime.device)

@@ -99,11 +99,18 @@ def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
     return out
 
 
-def broadcast(tensor: Tensor, axis: Axis, source: int) -> Tensor:
+def start_broadcast(tensor: Tensor, axis: Axis, source: int) -> Handle:
     """Overwrite `tensor` on every member by that of the member with index `source`."""
-    if axis.size > 1:
-        axis.record("broadcast", _size_bytes(tensor) if axis.rank == source else 0)
-        dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
+    if axis.size == 1:
+        return Done()
+    axis.record("broadcast", _size_bytes(tensor) if axis.rank == source else 0)
+    with record_function(f"broadcast/{axis.name}"):
+        return dist.broadcast(tensor, src=axis.ranks[source], group=axis.group, async_op=True)
+
+
+def broadcast(tensor: Tensor, axis: Axis, source: int) -> Tensor:
+    """Overwrite `tensor` on every member by that of the member with index `source`, and return it."""
+    start_broadcast(tensor, axis, source).wait()
     return tensor
 
 

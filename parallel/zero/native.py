@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from parallel.collectives import all_reduce
+from parallel.collectives import Done, Handle, all_reduce
 from parallel.groups import Axis, ProcessGroups
 from parallel.shards import TensorBox
 from parallel.tensor.parameter import ShardedParameter
@@ -46,19 +46,40 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Device scalars of one step: the gradient `norm` before clipping, `skipped` (1.0 where the update was masked because
-    the norm was not finite), and the caller's `sums`, added up over the world."""
+    """What the world knows of one step: `totals` [1 + n] fp64, the squared norm and the caller's sums.
 
-    norm: Tensor
-    skipped: Tensor
-    sums: Tensor
+    They may be read after `arrival.wait()`, which the properties (device scalars) call. Where there is a `stream`, they are
+    read on it: the current one would wait for other ranks.
+    """
+
+    totals: Tensor
+    arrival: Handle = Done()
+    stream: torch.cuda.Stream | None = None
+
+    @property
+    def norm(self) -> Tensor:
+        """The gradient norm before clipping."""
+        self.arrival.wait()
+        return self.totals[0].sqrt()
+
+    @property
+    def skipped(self) -> Tensor:
+        """1.0 where the update was masked because the norm or a sum was not finite."""
+        self.arrival.wait()
+        return 1.0 - torch.isfinite(self.totals).all().float()
+
+    @property
+    def sums(self) -> Tensor:
+        """The caller's sums, added up over the world."""
+        self.arrival.wait()
+        return self.totals[1:]
 
 
 class NativeZero:
     """Owns this rank's parameters, gradients and optimizer state.
 
-    During a step the executor says `last_use` and `no_more_grads`; linears and hooks add gradients to `main_grad`. `step`
-    ends it. Nothing in a step makes the host wait for the device.
+    During a step linears and hooks add gradients to `main_grad`, and each bucket leaves with its last one; the executor says
+    how many passes there are. `step` ends it. Nothing in a step makes the host wait for the device.
     """
 
     caps = Capabilities(any_schedule=True, main_grad=True, overlap=True)
@@ -69,7 +90,7 @@ class NativeZero:
         shard_axis = groups.data if sharded else Axis.single("data", groups.data.ranks[groups.data.rank], groups.ledger)
         self.data_copies = 1 if sharded else groups.data.size
         self.chunk_buckets = [
-            make_buckets(_parameters(chunk), settings.bucket_size, shard_axis, groups.data) for chunk in chunks
+            make_buckets(parameters, settings.bucket_size, shard_axis, groups.data) for parameters in _owned_parameters(chunks)
         ]
         self.buckets = [bucket for buckets in self.chunk_buckets for bucket in buckets]
         self._optimizer = self._make_optimizer()
@@ -109,28 +130,25 @@ class NativeZero:
     def begin_step(self) -> None:
         """Clear the gradients."""
         for bucket in self.buckets:
-            bucket.main_grad.zero_()
+            bucket.begin_step()
 
-    def last_use(self, chunk: int) -> None:
-        """The chunk's next backward pass is its last: buckets leave as they fill.
+    def expect_passes(self, count: int) -> None:
+        """Every chunk makes the gradients of `count` backward passes in this step: buckets leave as they fill.
 
         Buckets with replicas wait for `step`: a copy may be on another stage, which is not done yet.
         """
-        for bucket in self.chunk_buckets[chunk]:
+        for bucket in self.buckets:
             if not bucket.bucket_class.replica_axes:
-                bucket.waiting_uses = bucket.uses
-
-    def no_more_grads(self, chunk: int) -> None:
-        """Buckets that did not fill (a parameter was not used) leave now."""
-        for bucket in self.chunk_buckets[chunk]:
-            if bucket.waiting_uses > 0:
-                bucket.start_reduction()
+                bucket.expect_passes(count)
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """Finish the reduction: afterwards each shard holds the gradient of the global batch."""
+        """Finish the reduction: afterwards each shard holds the gradient of the global batch.
+
+        What has not left yet leaves now: buckets with replicas, and those that did not fill (a parameter was not used).
+        """
         for bucket in self.buckets:
-            if bucket.bucket_class.replica_axes:
+            if not bucket.has_left:
                 sum_replicas(bucket, self.groups)
                 bucket.start_reduction()
         for bucket in self.buckets:
@@ -144,14 +162,14 @@ class NativeZero:
         update is masked on the device where the norm or a sum is not finite; the count of Adam's steps stands still then.
         """
         self.reduce_gradients()
-        squared = local_squared_norm(self.buckets, self.data_copies)
-        totals = all_reduce(torch.cat([squared[None], sums]), self.groups.world)
-        norm = totals[0].sqrt()
-        skipped = 1.0 - torch.isfinite(totals).all().float()
-        self._update(learning_rate, norm, skipped)
-        for bucket in reversed(self.buckets):  # about the order of the next forward pass
-            bucket.start_gather()
-        return StepInfo(norm, skipped, totals[1:])
+        info = StepInfo(all_reduce(self._local_totals(sums), self.groups.world))
+        self._update(learning_rate, info.norm, info.skipped)
+        self._start_gathers()
+        return info
+
+    def _local_totals(self, sums: Tensor) -> Tensor:  # [n] -> [1 + n]
+        """This rank's part of a step's totals: its squared norm and `sums`."""
+        return torch.cat([local_squared_norm(self.buckets, self.data_copies)[None], sums])
 
     def _update(self, learning_rate: float, norm: Tensor, skipped: Tensor) -> None:
         """torch's fused optimizers divide the gradients by `grad_scale` and do nothing where `found_inf` is 1."""
@@ -162,12 +180,26 @@ class NativeZero:
             group["lr"] = learning_rate
         self._optimizer.step()
 
+    def _start_gathers(self) -> None:
+        """Send the weights on their way."""
+        for buckets in self.chunk_buckets:
+            for bucket in reversed(buckets):  # about the order of the next forward passes
+                bucket.start_gather()
+
     def finish(self) -> None:
         """Wait for the gathers under way: before evaluating, saving or leaving."""
         for bucket in self.buckets:
             bucket.wait_gather()
 
     # ---- state ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def state_bytes(self) -> int:
+        """What this rank holds: weights, gradients, fp32 masters where they are not the weights themselves, moments."""
+        buffers = [buffer for bucket in self.buckets for buffer in (bucket.weights, bucket.main_grad)]
+        buffers += [bucket.master for bucket in self.buckets if bucket.weights.dtype != torch.float32]
+        buffers += [tensor for state in self._optimizer.state.values() for tensor in state.values()]
+        return sum(buffer.nbytes for buffer in buffers)
 
     @property
     def optimizer_steps(self) -> int:
@@ -218,11 +250,16 @@ class NativeZero:
         self.finish()
 
 
-def _parameters(chunk: nn.Module) -> list[ShardedParameter]:
-    parameters = list(chunk.parameters())  # a parameter that is used twice is listed once
-    for parameter in parameters:
-        assert isinstance(parameter, ShardedParameter), "every parameter must know its place"
-    return parameters
+def _owned_parameters(chunks: Sequence[nn.Module]) -> list[list[ShardedParameter]]:
+    """Each chunk's parameters. One that is used twice (a tied table) is listed once, with the first chunk that has it."""
+    owned, seen = [], set()
+    for chunk in chunks:
+        new = [parameter for parameter in chunk.parameters() if id(parameter) not in seen]
+        for parameter in new:
+            assert isinstance(parameter, ShardedParameter), "every parameter must know its place"
+        seen.update(map(id, new))
+        owned.append(new)
+    return owned
 
 
 def _waiter(buckets: list[Bucket]):

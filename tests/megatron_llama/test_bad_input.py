@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llama import train as train_module
+from megatron_llama.data.loader import Loader
 from parallel.errors import DataError
 from tests.megatron_llama.programs import VOCAB_SIZE, Change, records, start, succeed, values, write_dataset
 
@@ -56,7 +56,12 @@ SETTINGS = {
     "world size with dp": (2, ["--parallel.dp", 4], ["dp 4 = 4, and is 2", "start 4 processes or set --parallel.dp to 2"]),
     "one process": (1, ["--parallel.pp", 2], ["= 2, and is 1", "start 2 processes (torchrun --nproc-per-node="]),
     "cp": (2, ["--parallel.cp", 2], ["parallel.cp = 2", "has not landed", "set --parallel.cp to 1"]),
-    "chunks": (1, ["--parallel.chunks", 2], ["parallel.chunks = 2", "set it to 1"]),
+    "chunks": (1, ["--parallel.chunks", 2], ["1f1b cannot have parallel.chunks = 2: set --parallel.chunks to 1, or", "zb-v"]),
+    "activation memory": (
+        2,
+        ["--parallel.pp", 2, "--parallel.schedule", "gpipe", "--parallel.activation_memory_gib", "1e-9"],
+        ["schedule = gpipe", "no schedule fits", "GiB on pp rank 0, where 1e-09 are free", "--parallel.recompute"],
+    ),
     "deepspeed": (1, ["--parallel.zero_engine", "deepspeed"], ["parallel.zero_engine = deepspeed", "set it to native"]),
     "zero 3": (1, ["--parallel.zero_stage", 3], ["parallel.zero_stage = 3", "only 0 and 1"]),
     "shard group": (2, ["--parallel.zero_shard_group_size", 2], ["parallel.zero_shard_group_size = 2", "set it to 0"]),
@@ -171,7 +176,7 @@ def fail_reading(rank: int) -> None:
         raise DataError("train.bin: became shorter while in use")
 
     if rank == 1:
-        train_module.Loader.micro_batches = read
+        Loader.micro_batches = read
 
 
 def test_an_error_that_one_rank_meets_on_the_way_is_said(workplace: Path) -> None:

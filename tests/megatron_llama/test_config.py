@@ -211,7 +211,7 @@ def test_help_lists_every_field_with_type_and_default(capsys):
     for section, fields in to_dict(RunConfig()).items():
         for name in fields:
             assert f"--{section}.{name} " in text
-    assert '--parallel.schedule gpipe|1f1b  (default "1f1b")' in text
+    assert '--parallel.schedule auto|gpipe|1f1b|interleaved|zb-h1|zb-h2|zb-v|v-half|v-min|dualpipe-v  (default "1f1b")' in text
     with pytest.raises(SystemExit) as stop:
         load_config(["--help"])
     assert stop.value.code == 0 and capsys.readouterr().out == text
@@ -289,7 +289,6 @@ RULES = [
     (["--model.norm_eps", "0"], 1, ["model.norm_eps", "above 0"]),
     (["--model.rope_scaling_factor", "8", "--model.rope_low_freq_factor", "4"], 1, ["4.0 and 4.0", "1.0"]),
     (["--parallel.cp", "2"], 2, ["cp = 2", "has not landed", "to 1"]),
-    (["--parallel.chunks", "2"], 1, ["chunks = 2", "have not landed", "to 1"]),
     (["--parallel.zero_stage", "2"], 1, ["zero_stage = 2", "0 and 1", "to 1"]),
     (["--parallel.zero_engine", "deepspeed"], 1, ["deepspeed", "has not landed", "native"]),
     (["--parallel.zero_shard_group_size", "2"], 1, ["= 2", "has not landed", "to 0"]),
@@ -308,6 +307,8 @@ RULES = [
     (["--train.global_batch_size", "3"], 2, ["3", "= 4", "to 4"]),
     (["--train.sequence_length", "33", "--parallel.tp", "2"], 2, ["33", "tp 2", "32 or 34", "sequence_parallel"]),
     (["--data.train", "[]"], 1, ["data.train", "--data.train PREFIX"]),
+    (["--data.packing", "best_fit", "--data.order", "megatron"], 1, ["packing = best_fit", "megatron", "--data.packing none"]),
+    (["--data.packing", "best_fit", "--data.document_mask", "false"], 1, ["packing = best_fit", "--data.document_mask true"]),
     (["--train.steps", "0"], 1, ["train.steps", "train.tokens", "512 tokens"]),
     (["--train.exit_step", "11"], 1, ["11", "10"]),
     (["--optimizer.warmup_steps", "11"], 1, ["11", "10", "at most 10"]),

@@ -63,16 +63,16 @@ def expected_bytes(case: Case, rank: int, bucket_elements: int, norm_elements: i
     # pipeline axis: an activation to the next stage, a gradient to the previous one
     messages = (not last) + (not first)
     add("send", "pp", micro_batches * messages * activation // (tp if tp_sp else 1))
-    # data axis: the number of targets, and the gradients and weights of this rank's buckets
+    # data axis: the numbers of targets and of squared document lengths, and the gradients and weights of this rank's buckets
     if dp > 1:
-        add("all_reduce", "data", 2 * ring(INT64_BYTES, dp))
+        add("all_reduce", "data", 2 * ring(2 * INT64_BYTES, dp))
         if parallel.zero_stage == 0:
             add("all_reduce", "data", 2 * ring(bucket_elements * FP32_BYTES, dp))
         else:
             add("reduce_scatter", "data", ring(bucket_elements * FP32_BYTES, dp))
             add("all_gather", "data", ring(bucket_elements * FP32_BYTES, dp))
-    # world: squared norm, loss, wish to stop
-    add("all_reduce", "world", 2 * ring(3 * FP64_BYTES, tp * pp * dp))
+    # world: squared norm, loss, wish to stop, seconds waited for data
+    add("all_reduce", "world", 2 * ring(4 * FP64_BYTES, tp * pp * dp))
     return sent
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from megatron_llama.runtime import build_runtime
 from parallel.collectives import all_gather
 from parallel.pipeline.schedules import forward_only
 from tests.parity.hugging_face import build, hugging_face_name
-from tests.parity.training import MODEL, TRAIN, Case, assemble, document_starts, sample, train
+from tests.parity.training import MODEL, TRAIN, Case, assemble, document_starts, packed_documents, sample, train
 from tests.ranks import run_ranks
 
 pytest.importorskip("transformers")
@@ -59,19 +60,30 @@ def test_step_0_gradients_and_loss(model: ModelConfig, layout: ParallelConfig) -
     assert outcomes[0].norms[0] == pytest.approx(norm, rel=1e-6)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_document_masks_are_each_document_alone(micro_batch_size: int) -> None:
-    """With masks, the loss is that of transformers run on every document by itself, its positions from 0."""
-    train_config = replace(TRAIN, micro_batch_size=micro_batch_size)
-    case = Case("documents", ParallelConfig(dp=1), MODELS["llama-3-rope"], train_config, documents=True)
-    module = build(case.model, _initial_weights(case))
-    losses = []
-    for index in range(TRAIN.global_batch_size):
+def documents_alone(case: Case) -> list[torch.Tensor]:
+    """The documents of the first global batch, each with the targets that count in it: [n + 1] tokens for n inputs."""
+    samples = range(TRAIN.global_batch_size)
+    if case.packed:
+        blend = packed_documents(case)
+        pieces = [piece for pieces in blend.pieces(np.arange(len(samples))) for piece in pieces]
+        return [torch.from_numpy(blend.sources[0].dataset.read_raw(*piece[1:])) for piece in pieces]
+    found = []
+    for index in samples:
         tokens, _ = sample(index, case)
         edges = [0, *document_starts(index, case).tolist(), TRAIN.sequence_length]
-        for start, end in zip(edges, edges[1:], strict=False):
-            logits = module(tokens[None, start:end]).logits[0]
-            losses.append(F.cross_entropy(logits, tokens[start + 1 : end + 1], reduction="none"))
+        found += [tokens[start : end + 1] for start, end in zip(edges, edges[1:], strict=False)]
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["windows", "packed"])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_document_masks_are_each_document_alone(micro_batch_size: int, packed: bool) -> None:
+    """With masks, the loss is that of transformers run on every document by itself, its positions from 0."""
+    train_config = replace(TRAIN, micro_batch_size=micro_batch_size)
+    case = Case("documents", ParallelConfig(dp=1), MODELS["llama-3-rope"], train_config, documents=not packed, packed=packed)
+    module = build(case.model, _initial_weights(case))
+    documents = documents_alone(case)
+    losses = [F.cross_entropy(module(text[None, :-1]).logits[0], text[1:], reduction="none") for text in documents]
     assert len(losses) > TRAIN.global_batch_size  # some samples hold several documents
     expected = torch.cat(losses).mean()
     expected.backward()

@@ -65,6 +65,8 @@ CASES = [
     Case("ragged-masks-dp4", layout(dp=4), ragged=True),
     Case("documents-tp2-sp", layout(tp=2, sequence_parallel=True), GQA, ragged=True, documents=True),
     Case("documents-pp2-full-recompute", layout(pp=2, recompute="full"), documents=True),
+    Case("packed-tp2-sp", layout(tp=2, sequence_parallel=True), GQA, packed=True),
+    Case("packed-pp2-dp2", layout(pp=2, dp=2), packed=True),
     Case("documents-dp2-selective", layout(dp=2, recompute="selective"), train=PAIRS_OF_SAMPLES, documents=True),
 ]
 

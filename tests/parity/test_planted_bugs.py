@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ import parallel.collectives
 import parallel.zero.buckets
 import parallel.zero.grad_norm
 import parallel.zero.native
+from megatron_llama.data import loader
 from parallel.kernels import table
 from parallel.pipeline.executor import Executor
 from parallel.zero.buckets import Bucket
@@ -74,19 +76,20 @@ def reduce_before_the_last_backward(monkeypatch) -> None:
     """The first micro-batch's gradients are reduced by themselves, and then once more with the others."""
     backward = Executor._backward
 
-    def early(self, action, mailbox):
-        backward(self, action, mailbox)
+    def early(self, action, dy):
+        dx = backward(self, action, dy)
         if action.micro_batch == 0:
-            self.listener_under_test.last_use(action.chunk)
-            self.listener_under_test.no_more_grads(action.chunk)
             for bucket in self.listener_under_test.buckets:
+                bucket.start_reduction()
                 bucket.wait_reduction()
+                bucket.has_left = False
+        return dx
 
     run = Executor.run
 
-    def remember(self, actions, micro_batches, listener=None):
+    def remember(self, actions, micro_batches, listener=None, start=None):
         self.listener_under_test = listener
-        return run(self, actions, micro_batches, listener)
+        return run(self, actions, micro_batches, listener, start)
 
     monkeypatch.setattr(Executor, "_backward", early)
     monkeypatch.setattr(Executor, "run", remember)
@@ -197,6 +200,22 @@ def test_planted_bug_in_the_model_is_caught_by_transformers(plant, monkeypatch) 
     plant(monkeypatch)
     with pytest.raises(AssertionError):
         test_hugging_face.test_step_0_gradients_and_loss(GQA, layout())
+
+
+def count_every_target(monkeypatch) -> None:
+    """Also those across the border of two documents, and padding."""
+    monkeypatch.setattr(loader, "counted_targets", lambda blend, samples: np.ones((len(samples), blend.sequence_length), "f4"))
+
+
+def let_documents_meet(monkeypatch) -> None:
+    monkeypatch.setattr(loader, "document_starts", lambda blend, samples: [np.empty(0, np.int64)] * len(samples))
+
+
+@pytest.mark.parametrize("plant", [count_every_target, let_documents_meet])
+def test_planted_bug_in_packing_is_caught_by_transformers(plant, monkeypatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_hugging_face.test_document_masks_are_each_document_alone(1, packed=True)
 
 
 def test_one_more_collective_is_caught_by_the_ledger(monkeypatch) -> None:

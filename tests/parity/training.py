@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from megatron_llama.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_llama.data.blend import Blend
 from megatron_llama.data.boundaries import boundaries
-from megatron_llama.data.loader import MicroBatch
+from megatron_llama.data.loader import Loader, MicroBatch
+from megatron_llama.data.samples import Source
 from megatron_llama.runtime import Runtime, build_runtime
-from megatron_llama.step import TrainStep, optimizer_settings
+from megatron_llama.step import TrainStep, make_engine
 from parallel.shards import TensorBox
 from parallel.zero.native import NativeZero
 
@@ -40,6 +42,7 @@ class Case:
     optimizer: OptimizerConfig = OPTIMIZER
     ragged: bool = False  # loss masks that end somewhere inside
     documents: bool = False  # attention inside random documents only
+    packed: bool = False  # samples of whole documents and padding
 
     @property
     def world_size(self) -> int:
@@ -88,9 +91,39 @@ def document_starts(index: int, case: Case) -> np.ndarray:
     return np.sort(random.choice(np.arange(1, case.train.sequence_length), random.integers(4), replace=False))
 
 
+class Corpus:
+    """Random documents in memory, as an IndexedDataset gives them."""
+
+    prefix = bin_path = "corpus"
+    dtype = np.dtype(np.int64)
+
+    def __init__(self, lengths: list[int], vocab_size: int) -> None:
+        random = np.random.default_rng(3)
+        self.sequence_lengths = random.choice(np.array(lengths, np.int32), 200)
+        self._ends = np.cumsum(self.sequence_lengths)
+        self._ids = random.integers(0, vocab_size, self._ends[-1])
+
+    def sequence_starts(self, numbers: np.ndarray) -> np.ndarray:
+        return self._ends[numbers] - self.sequence_lengths[numbers]
+
+    def read_raw(self, start_token: int, count: int) -> np.ndarray:
+        return self._ids[start_token : start_token + count]
+
+
+def packed_documents(case: Case) -> Blend:
+    """What training reads of documents of which some are longer than a sample, and others leave it padding."""
+    length = case.train.sequence_length
+    lengths = [length // 4, length // 2 + 2, length + length // 2]
+    return Blend([Source(Corpus(lengths, case.model.vocab_size), length, 1, 0, packed=True)])
+
+
 def micro_batches(case: Case, step: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
     """This data rank's micro-batches of a step: contiguous parts of the global batch."""
     train = case.train
+    if case.packed:
+        batch = train.micro_batch_size, train.global_batch_size
+        loader = Loader(packed_documents(case), train.sequence_length, *batch, dp_rank, dp_size, document_mask=True)
+        return loader.micro_batches(step * train.global_batch_size)
     per_rank = train.global_batch_size // dp_size
     first = step * train.global_batch_size + dp_rank * per_rank
     batches = []
@@ -119,7 +152,7 @@ class Session:
         if directory is not None:
             config = replace(config, checkpoint=CheckpointConfig(directory=str(directory), keep=0))
         self.runtime = build_runtime(config, rank, world_size, torch.device(device), timedelta(seconds=60))
-        self.engine = NativeZero(self.runtime.chunks, self.runtime.groups, optimizer_settings(config))
+        self.engine = make_engine(self.runtime)
         per_step = case.train.global_batch_size // (case.train.micro_batch_size * self.runtime.groups.data.size)
         self.step_runner = TrainStep(self.runtime, self.engine, per_step)
         self.outcome = Outcome()

@@ -74,12 +74,9 @@ def micro_batches(step: int, data_rank: int) -> list[tuple[Tensor, Tensor]]:
 def backward_passes(net: Net, engine: NativeZero, batches: list[tuple[Tensor, Tensor]]) -> None:
     """What the executor does on a single stage."""
     engine.begin_step()
-    for index, (tokens, targets) in enumerate(batches):
-        loss = net(tokens, targets)
-        if index == len(batches) - 1:
-            engine.last_use(0)
-        loss.backward()
-    engine.no_more_grads(0)
+    engine.expect_passes(len(batches))
+    for tokens, targets in batches:
+        net(tokens, targets).backward()
 
 
 def train_step(net: Net, engine: NativeZero, step: int, data_rank: int, learning_rate: float) -> StepInfo:

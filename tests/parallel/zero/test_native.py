@@ -182,13 +182,10 @@ def note_when_reductions_start(rank, world_size, stage):
 
         bucket.start_reduction = start
     engine.begin_step()
+    engine.expect_passes(3)
     for index, (tokens, targets) in enumerate(micro_batches(0, rank)):
-        loss = net(tokens, targets)
-        if index == 2:
-            engine.last_use(0)
-        loss.backward()
+        net(tokens, targets).backward()
         events.append(f"B{index}")
-    engine.no_more_grads(0)
     events.append("end of backward")
     engine.step(LEARNING_RATE, torch.zeros(1, dtype=torch.float64))
     return events
@@ -196,10 +193,57 @@ def note_when_reductions_start(rank, world_size, stage):
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_buckets_leave_during_the_last_backward_pass_as_they_fill(stage):
-    """The bucket of the unused parameter never fills, so it leaves at the end; each leaves once."""
+    """The bucket of the unused parameter never fills, so it leaves in `step`; each leaves once."""
     leave = ["down", "up", "norm", "table"]  # the reverse of their use; the table last, for it waits for its second use
     for events in run_ranks(2, note_when_reductions_start, stage):
-        assert events == ["B0", "B1", *leave, "B2", "unused", "end of backward"]
+        assert events == ["B0", "B1", *leave, "B2", "end of backward", "unused"]
+
+
+def test_a_gradient_that_comes_after_its_bucket_has_left_is_noticed():
+    """It would be lost: a pass too many, or a parameter used more often than its shard says."""
+    net = Net()
+    engine = NativeZero([net], build_groups(Topology(), 0), ADAMW)
+    engine.begin_step()
+    engine.expect_passes(1)
+    (tokens, targets), *_ = micro_batches(0, 0)
+    net(tokens, targets).backward()
+    with pytest.raises(AssertionError, match="a gradient came after its bucket had left"):
+        net(tokens, targets).backward()
+
+
+class Half(torch.nn.Module):
+    """A chunk that holds some of a net's modules."""
+
+    def __init__(self, *modules):
+        super().__init__()
+        self.held = torch.nn.ModuleList(modules)
+
+
+def share_a_table(rank, world_size):
+    """Two chunks of one rank, the table in both: as a tied head and its embedding under a V placement."""
+    net, groups = Net(), grid(rank, dp=world_size)
+    chunks = [Half(net.embedding, net.norm), Half(net.up, net.down, net.head)]
+    engine = NativeZero(chunks, groups, ADAMW)
+    names = [[p.shard.segments[0].name for b in buckets for p in b.parameters] for buckets in engine.chunk_buckets]
+    started = []
+    for bucket in engine.buckets:
+
+        def start(bucket=bucket):
+            started.append(bucket.parameters[0].shard.segments[0].name)
+            Bucket.start_gather(bucket)
+
+        bucket.start_gather = start
+    train_step(net, engine, 0, rank, LEARNING_RATE)
+    engine.finish()
+    return names, started, {name: p.detach().clone() for name, p in net.named().items() if name != "unused"}
+
+
+def test_a_table_that_two_chunks_share_is_owned_once_and_gathers_start_with_the_first_chunk():
+    weights, _, _ = reference(ADAMW, 2, steps=(0,))
+    for names, started, parameters in run_ranks(2, share_a_table):
+        assert names == [["table", "norm"], ["down", "up"]]
+        assert started == ["norm", "table", "up", "down"]
+        torch.testing.assert_close(parameters, {name: weights[name] for name in parameters}, **TOLERANCE)
 
 
 def look_at_gathers(rank, world_size):

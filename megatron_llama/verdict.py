@@ -1,0 +1,65 @@
+"""The numbers of a training step on their way from the device to the host, and when it ended there."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parallel.host_copy import HostCopy
+from parallel.zero.native import StepInfo
+
+
+class Moment:
+    """A point in the device's work: an event on a GPU, the time on a CPU, which does its work when it is told."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event, self._seconds = None, time.perf_counter()
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def wait(self) -> None:
+        """Return when the device has got there."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: Moment) -> float:
+        """Seconds of the device's work from `earlier` to here; both must have been waited for."""
+        if self._event is not None and earlier._event is not None:
+            return earlier._event.elapsed_time(self._event) / 1000.0  # milliseconds
+        return self._seconds - earlier._seconds
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What the device knows about a step, summed over the ranks that it concerns."""
+
+    loss: float  # token mean of the global batch
+    stop_wishes: float  # ranks
+    data_wait_seconds: float  # of all ranks together
+    grad_norm: float
+    skipped: float  # 1.0 where the update was masked
+    squared_lengths: float  # sum over the documents of length^2; exact below 2^53
+
+
+class Verdict:
+    """The numbers of one step on their way to the host."""
+
+    def __init__(self, step: int, rate: float, info: StepInfo, squared_lengths: Tensor) -> None:
+        self.step, self.rate = step, rate
+        device = squared_lengths.device
+        self.finished = Moment(device)
+
+        def values() -> Tensor:
+            return torch.cat([info.sums, torch.stack([info.norm, info.skipped.double(), squared_lengths.double()])])
+
+        self._numbers = HostCopy(values, device, info.stream)
+
+    def read(self) -> StepNumbers:
+        """Wait for this step (not for later ones) and return its numbers."""
+        numbers = StepNumbers(*self._numbers.read())
+        self.finished.wait()
+        return numbers
