@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from math import log
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ def collect_text(output: Path) -> None:
         print(f"{part}: {sizes[f'{part} documents']} documents, {sizes[part] / 1e6:.1f} MB")
 
 
-def read_metrics(run_directory: Path, field: str) -> dict[int, float]:
+def read_metrics(run_directory: Path, field: str) -> dict[int, Any]:
     """A field of metrics.jsonl by step."""
     records = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record[field] for record in records if field in record}
@@ -175,9 +176,9 @@ def unigram_loss(output: Path) -> float:
 
 def report_losses(output: Path, run_directory: Path) -> None:
     """Print the held-out loss beside a unigram model's."""
-    held_out = list(read_metrics(run_directory, "valid_loss").values())[-1]
-    unigram = unigram_loss(output)
-    print(f"held-out loss: {held_out:.4f} nats/token")
+    (values,) = list(read_metrics(run_directory, "valid").values())[-1].values()  # of the one held-out dataset
+    held_out, unigram = values["loss"], unigram_loss(output)
+    print(f"held-out loss: {held_out:.4f} nats/token, {values['bits_per_byte']:.4f} bits per byte of text")
     print(f"a unigram model of the same tokens: {unigram:.4f}; a uniform one: {log(2048):.4f}")
     if held_out > unigram - 0.5:
         print("That is less than half a nat below: train for more steps to learn more than token frequencies.")
