@@ -26,6 +26,7 @@ from megatron_llama.data.training_data import open_training_data
 VOCAB_SIZE = 32_000
 UINT16 = 8  # its code in an index
 BATCH = 8
+STEP = 32  # samples of one data rank in a step, which the loader looks up together
 LOOKUP_MICROSECONDS = 15
 MIXTURE = {  # LLaMA's (Touvron et al., 2023, table 1): share in percent
     "common_crawl": 67.0, "c4": 15.0, "github": 4.5, "wikipedia": 4.5, "books": 4.5, "arxiv": 2.5, "stack_exchange": 2.0,
@@ -53,8 +54,9 @@ def benchmark_lookup(report: Report, prefix: Path, sequence_length: int, samples
         for name, size, call, at_most in (
             ("os.pread alone", 1, lambda i: os.pread(file.fileno(), *places[i]), None),
             ("os.pread, to an int64 tensor", 1, lambda i: read_tensor(file.fileno(), *places[i]), None),
-            ("ours, a sample", 1, blend.sample, limit),
-            (f"ours, {BATCH} samples", BATCH, lambda i: blend.samples(np.arange(i, i + BATCH)), limit),
+            ("ours, a call for one sample", 1, blend.sample, limit),
+            (f"ours, a call for {BATCH}", BATCH, lambda i: blend.samples(np.arange(i, i + BATCH)), limit),
+            (f"ours, a call for {STEP}, as the loader's", STEP, lambda i: blend.samples(np.arange(i, i + STEP)), limit),
             (f"ours, a micro-batch of {BATCH}, all its tensors", BATCH, plain.micro_batches, None),
             ("the same, with masks between documents", BATCH, masked.micro_batches, None),
         ):

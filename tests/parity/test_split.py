@@ -19,21 +19,18 @@ from parallel.zero.buckets import Bucket
 from tests.parallel.pipeline.lists import all_forward_all_backward, split_backward
 from tests.parity.comparison import differences, inexact, reference
 from tests.parity.test_parity import GQA, SGD, SHALLOW, SMALL_BATCH, TIED, layout
-from tests.parity.training import MODEL, Case, train
+from tests.parity.training import Case, train
 from tests.ranks import run_ranks
-
-DEEP = replace(MODEL, num_layers=8)
 
 
 @dataclass(frozen=True)
 class Lists:
-    """A schedule: whole backward passes, or split ones whose W come `delay` I later; and the kind of its placement."""
+    """A schedule: whole backward passes, or split ones whose W come `delay` I later."""
 
     delay: int | None = None
-    kind: str = "loop"
 
     def placement(self, pp: int, chunks: int) -> Placement:
-        return Placement(pp, chunks, self.kind)
+        return Placement(pp, chunks)
 
     def __call__(self, placement: Placement, micro_batches: int):
         made = one_forward_one_backward if placement.chunks == 1 else all_forward_all_backward
@@ -70,27 +67,10 @@ def chunked(chunks: int, **settings) -> ParallelConfig:
     return layout(chunks=chunks, **settings)
 
 
-CHUNK_CASES = [
-    (Case("pp2-chunks4-loop", chunked(4, pp=2), DEEP, SMALL_BATCH), "loop"),
-    (Case("pp4-chunks2-v", chunked(2, pp=4), DEEP, SMALL_BATCH), "v"),
-    (Case("tp2-pp2-chunks2-v", chunked(2, pp=2, tp=2, sequence_parallel=True), MODEL, SMALL_BATCH), "v"),
-    (Case("tied-pp2-chunks2-loop", chunked(2, pp=2), TIED, SMALL_BATCH), "loop"),
-    (Case("tied-pp2-chunks2-v-dp2", chunked(2, pp=2, dp=2), TIED, SMALL_BATCH), "v"),
-    (Case("tied-chunks2", chunked(2), TIED, SMALL_BATCH), "loop"),
-]
-
-
-@pytest.mark.parametrize(("case", "kind"), CHUNK_CASES, ids=lambda value: getattr(value, "name", ""))
-def test_several_chunks_on_a_rank_are_as_one_process(case: Case, kind: str) -> None:
-    """A tied head on the embedding's rank, though in another chunk, is the same parameter."""
-    case = replace(case, optimizer=SGD)
-    assert differences(case, run_ranks(case.world_size, train_with, case, Lists(1, kind), 8)) == []
-
-
-@pytest.mark.parametrize("kind", ["loop", "v"])
-def test_chunks_without_clipping_change_no_bit(kind: str) -> None:
-    case = Case("chunks", chunked(2, pp=2), train=SMALL_BATCH, optimizer=replace(SGD, clip_norm=0.0))
-    assert inexact(run_ranks(2, train_with, case, Lists(1, kind), 8), [reference(case)]) == []
+def test_a_tied_head_in_another_chunk_of_the_same_rank() -> None:
+    """It is the same parameter as the embedding, used twice. (Other cases of several chunks: test_schedules.)"""
+    case = Case("tied-chunks2", chunked(2), TIED, SMALL_BATCH, SGD)
+    assert differences(case, run_ranks(1, train_with, case, Lists(1), 8)) == []
 
 
 def leave_one_gradient_early(monkeypatch) -> None:
