@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from parallel.pipeline.costs import Costs, per_stage
 from parallel.pipeline.layout import Placement
 from parallel.pipeline.schedules import Action, Schedule
-from parallel.pipeline.simulate import ScheduleError, Simulation, Span, source_stage, target_stage
+from parallel.pipeline.schedules.action import source_stage, target_stage
+from parallel.pipeline.simulate import ScheduleError, Simulation, Span
 
 __all__ = ["Costs", "Report", "ScheduleError", "check_schedule"]
 

@@ -21,6 +21,7 @@ from parallel.collectives import start_receive, start_send
 from parallel.groups import ProcessGroups
 from parallel.pipeline.layout import Placement
 from parallel.pipeline.schedules import Action
+from parallel.pipeline.schedules.action import source_stage, target_stage
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,17 @@ class Transfer(NamedTuple):
 
 def received(action: Action, rank: int, placement: Placement) -> Message | None:
     """The message that an action needs: it comes out of the neighbouring stage. None at the ends and for W."""
-    stage = placement.stage(rank, action.chunk)
-    if action.kind == "F" and stage > 0:
-        return Message("F", action.micro_batch, stage - 1)
-    if action.kind in ("B", "I") and stage < placement.num_stages - 1:
-        return Message("B", action.micro_batch, stage + 1)
-    return None
+    source = source_stage(action.kind, placement.stage(rank, action.chunk), placement.num_stages)
+    return None if source is None else Message("F" if action.kind == "F" else "B", action.micro_batch, source)
 
 
 def sent(action: Action, rank: int, placement: Placement) -> tuple[Message, int] | None:
     """The message that an action makes and the pp rank that needs it. None at the ends and for W."""
     stage = placement.stage(rank, action.chunk)
-    if action.kind == "F" and stage < placement.num_stages - 1:
-        return Message("F", action.micro_batch, stage), placement.rank(stage + 1)
-    if action.kind in ("B", "I") and stage > 0:
-        return Message("B", action.micro_batch, stage), placement.rank(stage - 1)
-    return None
+    target = target_stage(action.kind, stage, placement.num_stages)
+    if target is None:
+        return None
+    return Message("F" if action.kind == "F" else "B", action.micro_batch, stage), placement.rank(target)
 
 
 def _edges(placement: Placement) -> set[tuple[int, int]]:

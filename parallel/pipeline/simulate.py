@@ -18,24 +18,13 @@ from typing import NamedTuple
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.layout import Placement
 from parallel.pipeline.schedules import Action, Schedule
+from parallel.pipeline.schedules.action import source_stage, target_stage
 
 Span = tuple[Action, float, float]  # action, start, end in seconds
 
 
 class ScheduleError(ValueError):
     """A list of actions that is not a valid schedule; the message names the first offending action."""
-
-
-def source_stage(kind: str, stage: int, num_stages: int) -> int | None:
-    """The stage whose message an action needs, or None."""
-    source = {"F": stage - 1, "B": stage + 1, "I": stage + 1}.get(kind, -1)
-    return source if 0 <= source < num_stages else None
-
-
-def target_stage(kind: str, stage: int, num_stages: int) -> int | None:
-    """The stage that needs an action's message, or None."""
-    target = {"F": stage + 1, "B": stage - 1, "I": stage - 1}.get(kind, -1)
-    return target if 0 <= target < num_stages else None
 
 
 @dataclass

@@ -21,8 +21,8 @@ from parallel.collectives import all_gather, all_reduce, start_receive, start_se
 from parallel.groups import Axis, ProcessGroups
 from parallel.pipeline.layout import Placement
 from parallel.pipeline.schedules import Action
+from parallel.pipeline.timeline import KINDS
 
-KINDS = ("F", "B", "I", "W", "wait")
 # Names of Chrome's palette; "wait" is grey.
 COLOURS = {"F": "thread_state_running", "B": "rail_response", "I": "rail_animation", "W": "yellow", "wait": "grey"}
 PINGS = 5  # of which the shortest counts

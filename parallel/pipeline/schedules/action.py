@@ -23,6 +23,18 @@ class Action(NamedTuple):
 Schedule = list[list[Action]]  # actions of pp rank 0, 1, ...
 
 
+def source_stage(kind: str, stage: int, num_stages: int) -> int | None:
+    """The global stage whose message an action of `stage` needs, or None."""
+    source = {"F": stage - 1, "B": stage + 1, "I": stage + 1}.get(kind, -1)
+    return source if 0 <= source < num_stages else None
+
+
+def target_stage(kind: str, stage: int, num_stages: int) -> int | None:
+    """The global stage that needs the message of an action of `stage`, or None."""
+    target = {"F": stage + 1, "B": stage - 1, "I": stage - 1}.get(kind, -1)
+    return target if 0 <= target < num_stages else None
+
+
 def actions_of(pattern: str, micro_batches: int) -> list[Action]:
     """One rank's actions from a word: FBI of chunk 0, fbi of chunk 1, and W for the oldest I that has none yet.
 

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from parallel.pipeline.layout import Placement
-from parallel.pipeline.schedules.action import Action, Schedule, actions_of
+from parallel.pipeline.schedules.action import Action, Schedule, actions_of, source_stage
 
 
 def zb_h1(placement: Placement, micro_batches: int) -> Schedule:
@@ -91,9 +91,8 @@ class _Rank:
         while self.order:
             kind, micro_batch, chunk = action = self.order[0]
             stage = self.placement.stage(self.rank, chunk)
-            source = stage - 1 if kind == "F" else stage + 1
-            has_source = 0 <= source < self.placement.num_stages
-            arrival = ended.get((kind, micro_batch, source)) if has_source else 0
+            source = source_stage(kind, stage, self.placement.num_stages)
+            arrival = 0 if source is None else ended.get((kind, micro_batch, source))
             if arrival is None:
                 return len(self.actions) > before
             while self.queue and (self.free < arrival or (kind == "F" and self.kept >= self.limit)):
