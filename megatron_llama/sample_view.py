@@ -55,7 +55,7 @@ def sample_lines(config: RunConfig, sample: int, tokenizer: Tokenizer | None) ->
     read = loader.micro_batches(sample - within)[place.micro_batch]
     tokens, targets, counted = (t[:, place.row].numpy() for t in (read.tokens, read.targets, read.loss_mask))
     positions = read.positions[:, min(place.row, read.positions.shape[1] - 1)].tolist()
-    (pieces,) = data.blend.pieces(np.array([sample]))
+    (pieces,) = data.blend.pieces([sample])
     source = data.blend.sources[pieces[0].source]
     inside = "inside documents" if loader.document_mask else "across documents"
     lines = [

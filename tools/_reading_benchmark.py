@@ -55,8 +55,8 @@ def benchmark_lookup(report: Report, prefix: Path, sequence_length: int, samples
             ("os.pread alone", 1, lambda i: os.pread(file.fileno(), *places[i]), None),
             ("os.pread, to an int64 tensor", 1, lambda i: read_tensor(file.fileno(), *places[i]), None),
             ("ours, a call for one sample", 1, blend.sample, limit),
-            (f"ours, a call for {BATCH}", BATCH, lambda i: blend.samples(np.arange(i, i + BATCH)), limit),
-            (f"ours, a call for {STEP}, as the loader's", STEP, lambda i: blend.samples(np.arange(i, i + STEP)), limit),
+            (f"ours, a call for {BATCH}", BATCH, lambda i: blend.samples(range(i, i + BATCH)), limit),
+            (f"ours, a call for {STEP}, as the loader's", STEP, lambda i: blend.samples(range(i, i + STEP)), limit),
             (f"ours, a micro-batch of {BATCH}, all its tensors", BATCH, plain.micro_batches, None),
             ("the same, with masks between documents", BATCH, masked.micro_batches, None),
         ):
@@ -84,7 +84,7 @@ def read_tensor(file: int, count: int, position: int) -> torch.Tensor:
 def window_places(blend: Blend, count: int) -> list[tuple[int, int]]:
     """(bytes, position in the file) of the first samples."""
     size = 2 * (blend.sequence_length + 1)
-    return [(size, 2 * pieces[0].start_token) for pieces in blend.pieces(np.arange(count))]
+    return [(size, 2 * pieces[0].start_token) for pieces in blend.pieces(range(count))]
 
 
 def check_windows(loader: Loader, file: int, places: list[tuple[int, int]]) -> None:
@@ -144,7 +144,7 @@ def measure_start(folder: Path, tokens: int, trace: bool) -> dict[str, float]:
         tracemalloc.start()
     start = time.perf_counter()
     opened = open_training_data(data, 2048, VOCAB_SIZE, samples)
-    opened.blend.samples(np.array([0, samples - 1]))
+    opened.blend.samples([0, samples - 1])
     seconds = time.perf_counter() - start
     peak = tracemalloc.get_traced_memory()[1] if trace else 0
     growth = {name: (value - before[name]) / 1e6 for name, value in memory().items()}
@@ -229,7 +229,8 @@ def pack(lengths: np.ndarray) -> Packing:
     """All samples of an epoch are planned when this returns."""
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     packing = Packing(lengths, starts.__getitem__, 2048, 1, 0)
-    packing.samples(np.array([packing.first(0, block) for block in range(packing.num_blocks)]))
+    for block in range(packing.num_blocks):
+        packing.sample(packing.first(0, block))
     return packing
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from itertools import chain
 from typing import NamedTuple
@@ -99,16 +99,16 @@ def read_pieces(
 
     Raises DataError for an id outside the vocabulary.
     """
-    tokens = np.zeros((len(samples), sequence_length + 1), np.result_type(*(dataset.dtype for dataset in datasets)))
+    tokens = np.zeros((len(samples), sequence_length + 1), np.int64)
     for row, pieces in zip(tokens, samples, strict=True):
         position = 0
         for source, start_token, num_tokens in pieces:
             row[position : position + num_tokens] = datasets[source].read_raw(start_token, num_tokens)
             position += num_tokens
-    if vocab_size is not None and tokens.size and (tokens.max() >= vocab_size or tokens.min() < 0):
+    if vocab_size is not None and tokens.size and tokens.view(np.uint64).max() >= vocab_size:  # negative ids are large there
         for source, start_token, num_tokens in chain.from_iterable(samples):  # which of them is it?
             check_ids_of(datasets[source], datasets[source].read_raw(start_token, num_tokens), start_token, vocab_size)
-    return tokens.astype(np.int64)
+    return tokens
 
 
 class Blend:
@@ -144,27 +144,24 @@ class Blend:
 
     def locate(self, samples: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
         """The source number of each sample, and the number of its draw there; of the shape of `samples`."""
-        samples = np.asarray(samples, np.int64) - self.first_sample
-        assert samples.size == 0 or samples.min() >= 0, "a sample before the mixture began"
-        periods, entries = np.divmod(samples, len(self._table))
+        periods, entries = divmod(samples - self.first_sample, len(self._table))
         sources = self._table[entries]
         return sources, periods * self._integers[sources] + self._rank[entries]
 
-    def pieces(self, samples: np.ndarray) -> list[list[Piece]]:
+    def pieces(self, samples: Iterable[int]) -> list[list[Piece]]:
         """Where the tokens of each sample lie: s + 1 of them in one or several pieces, fewer in packed samples."""
-        sources, draws = self.locate(samples)
-        pieces: list[list[Piece]] = [[] for _ in samples]
-        for number in set(sources.tolist()):
-            rows = np.flatnonzero(sources == number)
-            for row, found in zip(rows.tolist(), self.sources[number].pieces(draws[rows]), strict=True):
-                pieces[row] = [Piece(number, *piece) for piece in found]
-        return pieces
+        return [self._pieces(sample) for sample in samples]
+
+    def _pieces(self, sample: int) -> list[Piece]:
+        assert sample >= self.first_sample, "a sample before the mixture began"
+        source, draw = map(int, self.locate(sample))
+        return [Piece(source, *piece) for piece in self.sources[source].pieces(draw)]
 
     def sample(self, number: int) -> np.ndarray:
         """The tokens of one sample, int64 [s + 1]. Raises DataError for an id outside the vocabulary."""
-        return self.samples(np.array([number]))[0]
+        return self.samples([number])[0]
 
-    def samples(self, numbers: np.ndarray) -> np.ndarray:
+    def samples(self, numbers: Iterable[int]) -> np.ndarray:
         """The tokens of many samples, int64 [len(numbers), s + 1]. Raises DataError for an id outside the vocabulary."""
         datasets = [source.dataset for source in self.sources]
         return read_pieces(datasets, self.pieces(numbers), self.sequence_length, self.vocab_size)

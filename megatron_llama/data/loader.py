@@ -109,7 +109,7 @@ class Loader:
         """
         local_samples = self.num_micro_batches * self.micro_batch_size
         start = first_sample + self.dp_rank * local_samples
-        pieces = self.blend.pieces(np.arange(start, start + local_samples))
+        pieces = self.blend.pieces(range(start, start + local_samples))
         size = self.micro_batch_size
         parts = [pieces[first : first + size] for first in range(0, local_samples, size)]
         return [micro_batch(self.blend, part, size, self.document_mask) for part in parts]
@@ -135,7 +135,7 @@ def evaluation_micro_batches(
     micro_batches = []
     for round_start in range(first_sample, end, per_round):
         start = round_start + dp_rank * micro_batch_size
-        numbers = np.arange(start, max(start, min(end, start + micro_batch_size)))
+        numbers = range(start, min(end, start + micro_batch_size))  # none where the samples have ended
         micro_batches.append(micro_batch(blend, blend.pieces(numbers), micro_batch_size, document_mask))
     return micro_batches
 

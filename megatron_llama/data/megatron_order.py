@@ -10,7 +10,7 @@ another number of samples may change all of them, which is why `data.order = "wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -57,11 +57,9 @@ class MegatronSamples:
     def __len__(self) -> int:
         return len(self.shuffle_index)
 
-    def pieces(self, samples: np.ndarray) -> list[list[tuple[int, int]]]:
-        """Per sample, its pieces (first token, number of tokens): s + 1 tokens together."""
-        return [self._pieces(int(self.shuffle_index[sample])) for sample in samples]
-
-    def _pieces(self, number: int) -> list[tuple[int, int]]:
+    def pieces(self, sample: int) -> list[tuple[int, int]]:
+        """The pieces of a sample (first token, number of tokens): s + 1 tokens together."""
+        number = int(self.shuffle_index[sample])
         (first, offset), (last, end) = self.sample_index[number : number + 2].tolist()
         documents = self.document_index[first : last + 1]
         starts = self.dataset.sequence_starts(documents)
@@ -202,21 +200,20 @@ class MegatronBlend:
             arrays += [self.dataset_index, self.dataset_sample_index]
         return sum(array.nbytes for array in arrays)
 
-    def pieces(self, samples: np.ndarray) -> list[list[Piece]]:
+    def pieces(self, samples: Iterable[int]) -> list[list[Piece]]:
         """Where the tokens of each sample lie: s + 1 of them in one or several pieces, documents that follow one another."""
-        samples = np.asarray(samples, np.int64)
-        if self._blended:
-            sources, numbers = self.dataset_index[samples], self.dataset_sample_index[samples]
-        else:
-            sources, numbers = np.zeros_like(samples), samples
-        found = [self.sources[source].pieces([number])[0] for source, number in zip(sources, numbers, strict=True)]
-        return [[Piece(int(source), *piece) for piece in pieces] for source, pieces in zip(sources, found, strict=True)]
+        return [self._pieces(sample) for sample in samples]
+
+    def _pieces(self, sample: int) -> list[Piece]:
+        source = int(self.dataset_index[sample]) if self._blended else 0
+        number = int(self.dataset_sample_index[sample]) if self._blended else sample
+        return [Piece(source, *piece) for piece in self.sources[source].pieces(number)]
 
     def sample(self, number: int) -> np.ndarray:
         """The tokens of one sample, int64 [s + 1]. Raises DataError for an id outside the vocabulary."""
-        return self.samples(np.array([number]))[0]
+        return self.samples([number])[0]
 
-    def samples(self, numbers: np.ndarray) -> np.ndarray:
+    def samples(self, numbers: Iterable[int]) -> np.ndarray:
         """The tokens of many samples, int64 [len(numbers), s + 1]. Raises DataError for an id outside the vocabulary."""
         datasets = [source.dataset for source in self.sources]
         return read_pieces(datasets, self.pieces(numbers), self.sequence_length, self.vocab_size)

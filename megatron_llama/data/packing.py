@@ -86,22 +86,21 @@ class PackedRuns:
         samples = [np.repeat(np.arange(fill.first, fill.first + fill.count), fill.per_sample) for fill in fills]
         sample = np.concatenate([np.zeros(0, np.int64), *samples])  # of each piece, the longest first
         order = _stable_order(capacity - tokens)[_stable_order(sample)]
-        self.key = key
+        self._rows = permute(np.arange(self.num_samples), self.num_samples, key)  # in the order of the draws
         self._bounds = np.concatenate([[0], np.cumsum(np.bincount(sample, minlength=self.num_samples))])
         self._starts = (starts[owner] + nth * (capacity - 1))[order]
         self._tokens = tokens[order]
 
-    def samples(self, draws: np.ndarray) -> list[list[tuple[int, int]]]:
-        """Per draw its pieces, (first token, number of tokens) each."""
-        rows = permute(draws, self.num_samples, self.key)
-        chosen = [slice(first, last) for first, last in zip(self._bounds[rows], self._bounds[rows + 1], strict=True)]
-        return [list(zip(self._starts[row].tolist(), self._tokens[row].tolist(), strict=True)) for row in chosen]
+    def sample(self, draw: int) -> list[tuple[int, int]]:
+        """The pieces of a draw, (first token, number of tokens) each."""
+        row = self._rows[draw]
+        first, last = self._bounds[row : row + 2]
+        return list(zip(self._starts[first:last].tolist(), self._tokens[first:last].tolist(), strict=True))
 
     def after(self, draws: int) -> Runs:
         """What the first `draws` samples have left, pieces of one run that follow one another joined again."""
-        rows = permute(np.arange(draws), self.num_samples, self.key)
         left = np.ones(self.num_samples, bool)
-        left[rows] = False
+        left[self._rows[:draws]] = False
         kept = np.repeat(left, np.diff(self._bounds))
         order = np.argsort(self._starts[kept], kind="stable")
         starts, last_tokens = self._starts[kept][order], (self._starts + self._tokens - 1)[kept][order]
@@ -147,18 +146,10 @@ class Packing:
         self._packed = lru_cache(maxsize=1)(self._pack)
         self._order = lru_cache(maxsize=2)(self._compute_order)
 
-    def samples(self, numbers: np.ndarray) -> list[list[tuple[int, int]]]:
-        """Per sample its pieces, (first token, number of tokens) each: together at most s + 1 tokens."""
-        places: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (epoch, group) -> (row of the result, place)
-        for row, number in enumerate(numbers.tolist()):
-            epoch, group, place = self.place(number)
-            places.setdefault((epoch, group), []).append((row, place))
-        found: list[list[tuple[int, int]]] = [[] for _ in numbers]
-        for block, inside in places.items():
-            rows, drawn = zip(*inside, strict=True)
-            for row, pieces in zip(rows, self._packed(*block).samples(np.array(drawn)), strict=True):
-                found[row] = pieces
-        return found
+    def sample(self, number: int) -> list[tuple[int, int]]:
+        """The pieces of a sample, (first token, number of tokens) each: together at most s + 1 tokens."""
+        epoch, group, place = self.place(number)
+        return self._packed(epoch, group).sample(place)
 
     def place(self, number: int) -> tuple[int, int, int]:
         """Where a sample stands: epoch, group, and how many samples of the group come before it."""

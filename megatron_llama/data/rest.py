@@ -67,14 +67,11 @@ class Rest:
         empty = np.zeros(0, np.int64)
         return np.concatenate([empty, *starts]), np.concatenate([empty, *lengths])
 
-    def samples(self, draws: np.ndarray) -> list[list[tuple[int, int]]]:
-        """Per draw its pieces, (first token, number of tokens) each; the last one has the target of the last input too."""
-        found = []
-        for draw in draws:
-            starts, lengths = self.pieces(np.array([draw]))
-            lengths[-1] += 1
-            found.append(list(zip(starts.tolist(), lengths.tolist(), strict=True)))
-        return found
+    def sample(self, draw: int) -> list[tuple[int, int]]:
+        """The pieces of a draw, (first token, number of tokens) each; the last one has the target of the last input too."""
+        starts, lengths = self.pieces(np.array([draw]))
+        lengths[-1] += 1
+        return list(zip(starts.tolist(), lengths.tolist(), strict=True))
 
     def _joined(self, begin: int) -> Runs:
         """The stretches of [begin, begin + length) of the stream of what is left."""

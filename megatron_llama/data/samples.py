@@ -68,9 +68,12 @@ class Windows:
         self._turn = min(AHEAD, max(MIN_AHEAD, self.num_samples))
         self._turn_starts = lru_cache(maxsize=2)(self._compute_turn)
 
-    def samples(self, numbers: np.ndarray) -> list[list[tuple[int, int]]]:
-        """Per sample its one piece, (first token, s + 1)."""
-        return [[(start, self.sequence_length + 1)] for start in self.starts(numbers).tolist()]
+    def sample(self, number: int) -> list[tuple[int, int]]:
+        """The one piece of a sample, (first token, s + 1)."""
+        if not self.shuffle:
+            return [(number % self.num_samples * self.sequence_length, self.sequence_length + 1)]
+        turn, place = divmod(number, self._turn)
+        return [(self._turn_starts(turn)[place], self.sequence_length + 1)]
 
     def place(self, number: int) -> tuple[int, int, int]:
         """Where a sample stands: epoch, group, and how many samples of the group come before it."""
@@ -93,18 +96,7 @@ class Windows:
             runs = subtract(rest.runs, rest.pieces(np.arange(count)))
         return Rest(runs, self.sequence_length, derive_key(key, "rest", len(others)))
 
-    def starts(self, numbers: np.ndarray) -> np.ndarray:
-        """The first token of each sample, int64."""
-        if not self.shuffle:
-            return numbers % self.num_samples * self.sequence_length
-        starts = np.empty_like(numbers)
-        turns, places = np.divmod(numbers, self._turn)
-        for turn in set(turns.tolist()):
-            chosen = turns == turn
-            starts[chosen] = self._turn_starts(turn)[places[chosen]]
-        return starts
-
-    def _compute_turn(self, turn: int) -> np.ndarray:
+    def _compute_turn(self, turn: int) -> list[int]:
         """The first tokens of the samples [turn x _turn, (turn + 1) x _turn)."""
         epochs, within = np.divmod(turn * self._turn + np.arange(self._turn, dtype=np.int64), self.num_samples)
         groups = within // self.group_windows
@@ -113,7 +105,7 @@ class Windows:
             for group in np.unique(groups[epochs == epoch]).tolist():
                 chosen = (epochs == epoch) & (groups == group)
                 starts[chosen] = self.group_starts(epoch, group, within[chosen] - group * self.group_windows)
-        return starts
+        return starts.tolist()
 
     def group_starts(self, epoch: int, group: int, within: np.ndarray) -> np.ndarray:
         """The first tokens of the windows drawn at the places `within` of a group."""
@@ -201,31 +193,19 @@ class Source:
             )
         return windows
 
-    def start_token(self, draws: np.ndarray) -> np.ndarray:
-        """The first token of each draw, int64."""
-        return np.array([pieces[0][0] for pieces in self.pieces(draws)], np.int64)
-
-    def pieces(self, draws: np.ndarray) -> list[list[tuple[int, int]]]:
-        """Per draw, its pieces (first token, number of tokens), which follow one another.
+    def pieces(self, draw: int) -> list[tuple[int, int]]:
+        """The pieces of a draw (first token, number of tokens), which follow one another.
 
         They are s + 1 tokens together; of packed samples at most so many, and each piece lies in a document of its own.
         """
-        draws = np.asarray(draws, np.int64)
-        assert draws.size == 0 or draws.min() >= 0
-        if self._rest is None:
-            return self.order.samples(draws + self._first)
-        found: list[list[tuple[int, int]]] = [[] for _ in draws]
-        early, late = np.flatnonzero(draws < self._rest_end), np.flatnonzero(draws >= self._rest_end)
-        if early.size:
-            for row, pieces in zip(early.tolist(), self._rest.samples(draws[early] + self._rest_offset), strict=True):
-                found[row] = pieces
-        for row, pieces in zip(late.tolist(), self.order.samples(draws[late] - self._rest_end + self._first), strict=True):
-            found[row] = pieces
-        return found
+        assert draw >= 0
+        if draw < self._rest_end:
+            return self._rest.sample(draw + self._rest_offset)
+        return self.order.sample(draw - self._rest_end + self._first)
 
     def sample(self, draw: int) -> np.ndarray:
         """The tokens of one draw, int64 [s + 1]; of a packed sample [s + 1 or fewer]."""
-        return np.concatenate([self.dataset.read(*piece) for piece in self.pieces(np.array([draw]))[0]])
+        return np.concatenate([self.dataset.read(*piece) for piece in self.pieces(draw)])
 
     def cursor_after(self, draws: int) -> Cursor:
         """Where the source stands after its first `draws` draws."""

@@ -95,7 +95,6 @@ class Corpus:
     """Random documents in memory, as an IndexedDataset gives them."""
 
     prefix = bin_path = "corpus"
-    dtype = np.dtype(np.int64)
 
     def __init__(self, lengths: list[int], vocab_size: int) -> None:
         random = np.random.default_rng(3)

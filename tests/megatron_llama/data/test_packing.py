@@ -64,9 +64,9 @@ def test_every_target_is_in_one_sample_of_an_epoch(lengths, sequence_length, blo
         patch.setattr(packing_module, "BLOCK_DOCUMENTS", block_documents)
         packing = packing_of(lengths, sequence_length, seed)
         n = packing.num_samples
-        epochs = [packing.samples(np.arange(first, first + n)) for first in (0, n)]
+        epochs = [[packing.sample(first + number) for number in range(n)] for first in (0, n)]
         again = packing_of(lengths, sequence_length, seed)
-        assert [again.samples(np.array([number]))[0] for number in reversed(range(n))] == epochs[0][::-1]
+        assert [again.sample(number) for number in reversed(range(n))] == epochs[0][::-1]
     for samples in epochs:
         assert all(sum(count for _, count in pieces) <= sequence_length + 1 for pieces in samples)
         assert all(count >= 2 for pieces in samples for _, count in pieces)
@@ -84,7 +84,7 @@ def test_what_samples_have_left_is_whole_runs(lengths, sequence_length, data):
     ends = np.cumsum(lengths)
     packed = PackedRuns((ends - lengths, np.array(lengths)), sequence_length + 1, key=5)
     count = data.draw(st.integers(0, packed.num_samples))
-    read = targets_of(packed.samples(np.arange(count))) if count else []
+    read = targets_of([packed.sample(draw) for draw in range(count)])
     starts, left = packed.after(count)
     rest = [list(zip(starts.tolist(), left.tolist(), strict=True))]
     assert sorted(read + targets_of(rest)) == all_targets(lengths)
@@ -95,7 +95,7 @@ def test_what_samples_have_left_is_whole_runs(lengths, sequence_length, data):
 def test_only_documents_that_are_too_long_are_cut():
     lengths = np.random.default_rng(0).integers(1, 400, 1000)
     packing = packing_of(lengths, 255)
-    pieces = [piece for sample in packing.samples(np.arange(packing.num_samples)) for piece in sample]
+    pieces = [piece for number in range(packing.num_samples) for piece in packing.sample(number)]
     starts = np.cumsum(lengths) - lengths
     whole = {(int(start), int(length)) for start, length in zip(starts, lengths, strict=True) if 2 <= length <= 256}
     assert whole <= set(pieces) and len(set(pieces)) == len(pieces)
@@ -106,18 +106,18 @@ def test_epochs_and_seeds_have_their_own_order(monkeypatch):
     first, other = (packing_of([100] * 300, 255, seed) for seed in (1, 2))
     n = first.num_samples
     starts = ((first, 0), (first, n), (other, 0))
-    epochs = [list(map(tuple, packing.samples(np.arange(start, start + n)))) for packing, start in starts]
+    epochs = [[tuple(packing.sample(start + number)) for number in range(n)] for packing, start in starts]
     assert sorted(epochs[0]) == sorted(epochs[1]) != sorted(epochs[2]) and epochs[0] != epochs[1]
 
 
 def test_each_block_is_packed_once(monkeypatch):
-    """Packing is what costs: a run that goes through an epoch in small steps packs each block as it comes, and not again."""
+    """Packing is what costs: a run that goes through an epoch packs each block as it comes, and not again."""
     monkeypatch.setattr(packing_module, "BLOCK_DOCUMENTS", 100)
     packing = packing_of([100] * 300, 255)
     packed = []
     monkeypatch.setattr(packing_module, "PackedRuns", lambda *of: packed.append(of) or PackedRuns(*of))
-    for first in range(0, packing.num_samples, 7):
-        packing.samples(np.arange(first, min(first + 7, packing.num_samples)))
+    for number in range(packing.num_samples):
+        packing.sample(number)
     assert len(packed) == packing.num_blocks == 3
 
 
@@ -131,7 +131,7 @@ def test_two_million_documents_leave_no_padding(sequence_length):
     started = time.process_time()
     packing = packing_of(lengths, sequence_length)
     counted = time.process_time() - started
-    packing.samples(np.arange(1))
+    packing.sample(0)
     print(f"s {sequence_length}: counted {counted:.2f} s, one block packed {time.process_time() - started - counted:.2f} s, "
           f"padding {packing.padding:.4%}")  # fmt: skip
     assert packing.num_blocks == 2 and packing.padding < 0.001
