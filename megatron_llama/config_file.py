@@ -19,6 +19,13 @@ from parallel.errors import ConfigError
 
 Layer = dict[str, dict[str, Any]]  # section -> field -> value
 
+MOVED = {  # fields of earlier versions, which stored configurations may hold, and where they are now
+    ("parallel", "zero_stage"): ("zero", "stage"),
+    ("parallel", "zero_engine"): ("zero", "engine"),
+    ("parallel", "zero_shard_group_size"): ("zero", "shard_group_size"),
+    ("parallel", "bucket_size"): ("zero", "bucket_size"),
+}
+
 SECTION_TYPES = {section.name: section.type for section in dataclasses.fields(RunConfig)}
 SECTIONS = {name: {item.name: item for item in dataclasses.fields(section)} for name, section in SECTION_TYPES.items()}
 EXPECTED = {
@@ -130,6 +137,7 @@ def _read_flags(argv: list[str]) -> tuple[str, Layer]:
         if section in SECTIONS and not name:
             example = next(iter(SECTIONS[section]))
             raise ConfigError(f"--{section} is a section: name a field of it, for example --{section}.{example}")
+        section, name = MOVED.get((section, name), (section, name))
         item = _find_field(section, name, "the command line")
         layer.setdefault(section, {})[name] = _convert(_parse_text(text, item.type), section, item, f"--{flag}")
     _reject_two_lengths(layer, "the command line")
@@ -157,8 +165,9 @@ def _convert_layer(values: dict[str, Any], origin: str) -> Layer:
         if not isinstance(given, dict):
             raise ConfigError(f"{origin}: {section} = {given!r} is not a section; write [{section}] and its fields below it")
         for name, value in given.items():
-            item = _find_field(section, name, origin)
-            layer.setdefault(section, {})[name] = _convert(value, section, item, origin)
+            place, key = MOVED.get((section, name), (section, name))
+            item = _find_field(place, key, origin)
+            layer.setdefault(place, {})[key] = _convert(value, place, item, origin)
     return layer
 
 

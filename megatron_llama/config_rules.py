@@ -17,6 +17,26 @@ from megatron_llama.config_sections import (
 )
 from parallel.errors import ConfigError
 
+WAITING = (
+    "parallel.cp",
+    "parallel.tp_overlap",
+    "parallel.recompute_layers",
+    "parallel.offload_layers",
+    "zero.engine",
+    "zero.shard_group_size",
+    "zero.overlap",
+    "zero.gradient_dtype",
+    "zero.reduce_dtype",
+    "zero.offload",
+    "zero.offload_directory",
+    "zero.deepspeed_config",
+    "optimizer.moment_dtype",
+    "optimizer.master_weights",
+    "train.float8",
+    "train.compile",
+    "train.cuda_graphs",
+)
+
 
 def validate(config: RunConfig, world_size: int) -> None:
     """Checks everything that a training run on `world_size` processes needs. Raises ConfigError."""
@@ -91,20 +111,18 @@ def _rope_scaling(config: RunConfig) -> None:
 
 def _landed(config: RunConfig) -> None:
     """Settings that the interface has and the program does not carry out yet."""
-    parallel = config.parallel
-    waiting = (
-        (parallel.cp > 1, f"parallel.cp = {parallel.cp}: context parallelism has not landed; set --parallel.cp to 1"),
-        (parallel.zero_stage > 1, f"parallel.zero_stage = {parallel.zero_stage}: only 0 and 1 have landed; set it to 1"),
-        (parallel.zero_engine != "native", f"parallel.zero_engine = {parallel.zero_engine} has not landed; set it to native"),
-        (
-            parallel.zero_shard_group_size > 0,
-            f"parallel.zero_shard_group_size = {parallel.zero_shard_group_size}: sharding over a part of dp has not landed; "
-            "set it to 0 (all of dp)",
-        ),
-    )
-    for found, message in waiting:
-        if found:
-            raise ConfigError(message)
+    defaults = RunConfig()
+    for dotted in WAITING:
+        section, _, name = dotted.partition(".")
+        found, needed = (getattr(getattr(values, section), name) for values in (config, defaults))
+        if found != needed:
+            raise ConfigError(f"{dotted} = {found} has not landed; set --{dotted} to {needed}")
+    if config.zero.stage > 1:
+        raise ConfigError(f"zero.stage = {config.zero.stage}: only 0 and 1 have landed; set --zero.stage to 1")
+    if config.train.dtype == "fp16":
+        raise ConfigError("train.dtype = fp16 has not landed; set --train.dtype to bf16")
+    if config.parallel.recompute == "linear_outputs":
+        raise ConfigError("parallel.recompute = linear_outputs has not landed; set --parallel.recompute to selective")
 
 
 def _tensor_parallel(config: RunConfig) -> None:

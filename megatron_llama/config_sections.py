@@ -33,6 +33,9 @@ class DataSource:
 
 Sources = tuple[DataSource, ...]
 StageLayers = str | tuple[int, ...]  # "auto", or the layers of each stage in global order
+RECOMPUTE_MODES = ("none", "selective", "linear_outputs", "full")
+TP_OVERLAPS = ("none", "backward", "chunks", "async")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -75,13 +78,28 @@ class ParallelConfig:
     schedule: str = setting("1f1b", "pipeline schedule; auto takes the fastest that fits", choices=("auto", *SCHEDULES))
     activation_memory_gib: float = setting(0.0, "activations that a rank may keep; 0 is no limit", minimum=0.0)
     sequence_parallel: bool = setting(True, "split norms and residuals along the sequence over tp ranks; no effect at tp 1")
-    recompute: str = setting("none", "activations to compute again in the backward", choices=("none", "selective", "full"))
-    zero_stage: int = setting(1, "0 all-reduces gradients, 1 shards the optimizer over dp", minimum=0)
-    zero_engine: str = setting("native", "who runs ZeRO", choices=("native", "deepspeed"))
-    zero_shard_group_size: int = setting(0, "dp ranks that share one optimizer copy; 0 is all of them", minimum=0)
+    tp_overlap: str = setting("backward", "what hides tensor-parallel communication", choices=TP_OVERLAPS)
+    recompute: str = setting("none", "activations to compute again in the backward", choices=RECOMPUTE_MODES)
+    recompute_layers: int = setting(0, "layers of each stage that recompute = full applies to; 0 is all", minimum=0)
+    offload_layers: int = setting(0, "layers of each stage whose activations wait in host memory", minimum=0)
     layers_per_stage: StageLayers = setting("auto", "layers of each stage, pp x chunks numbers; auto balances, head included")
-    bucket_size: int = setting(40_000_000, "parameters in one gradient bucket", minimum=1)
     post_validation: bool = setting(False, "update before the norm is known and correct it later: no wait at a step's end")
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """The optimizer engine: what is sharded over the data ranks, and in which numbers gradients add up and travel."""
+
+    stage: int = setting(1, "shards 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too (deepspeed)", minimum=0)
+    engine: str = setting("native", "who reduces gradients and updates", choices=("native", "deepspeed"))
+    shard_group_size: int = setting(0, "dp ranks that share one optimizer copy; 0 is all of them", minimum=0)
+    bucket_size: int = setting(40_000_000, "parameters in one gradient bucket", minimum=1)
+    overlap: bool = setting(True, "reduce during the backward pass and gather behind the next forward pass")
+    gradient_dtype: str = setting("fp32", "numbers in which micro-batches add up their gradients", choices=("fp32", "bf16"))
+    reduce_dtype: str = setting("fp32", "numbers in which gradients travel; sums are fp32", choices=("fp32", "bf16"))
+    offload: str = setting("none", "where the optimizer lives (deepspeed)", choices=("none", "cpu", "nvme"))
+    offload_directory: str = setting("", "fast local folder for offload = nvme")
+    deepspeed_config: str = setting("", "JSON file of further DeepSpeed settings")
 
 
 @dataclass(frozen=True)
@@ -125,6 +143,8 @@ class OptimizerConfig:
     eps: float = setting(1e-8, "term added to the root of the second moment", minimum=0.0)
     weight_decay: float = setting(0.1, "decoupled weight decay; norm weights have none", minimum=0.0)
     clip_norm: float = setting(1.0, "global gradient norm to clip to; 0 is off", minimum=0.0)
+    moment_dtype: str = setting("fp32", "numbers of AdamW's two moments", choices=("fp32", "bf16"))
+    master_weights: str = setting("fp32", "kept whole, or as the 16 bits that bf16 weights lack", choices=("fp32", "remainder"))
 
 
 @dataclass(frozen=True)
@@ -138,7 +158,12 @@ class TrainConfig:
     micro_batch_size: int = setting(1, "sequences in one forward of one data-parallel rank", minimum=1)
     sequence_length: int = setting(2048, "tokens in one sequence", minimum=1)
     seed: int = setting(1234, "seed of the initial weights", minimum=0)
-    dtype: str = setting("bf16", "numbers of forward and backward", choices=("fp32", "bf16"))
+    dtype: str = setting("bf16", "numbers of forward and backward", choices=("fp32", "bf16", "fp16"))
+    loss_scale: float = setting(65536.0, "fp16: what the loss is multiplied by at first", minimum=1.0)
+    loss_scale_window: int = setting(1000, "fp16: finite steps until the scale is doubled", minimum=1)
+    float8: str = setting("none", "linears in float8, scaled per", choices=("none", "tensorwise", "rowwise"))
+    compile: bool = setting(False, "torch.compile each block")
+    cuda_graphs: bool = setting(False, "replay each micro-batch's kernels from a CUDA graph")
     device: str = setting("auto", "where to run; auto takes CUDA if there is any", choices=("auto", "cpu", "cuda"))
     evaluate_every: int = setting(0, "steps between held-out evaluations; 0 is off", minimum=0)
     evaluate_tokens: int = setting(1_000_000, "tokens of one held-out evaluation", minimum=1)
@@ -169,6 +194,7 @@ class RunConfig:
 
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
     data: DataConfig = DataConfig()
     kernels: KernelConfig = KernelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

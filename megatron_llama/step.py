@@ -17,13 +17,14 @@ from parallel.errors import ConfigError
 from parallel.pipeline.check import check_schedule
 from parallel.pipeline.schedules import SCHEDULES, Action
 from parallel.pipeline.speculation import SpeculativeStart, speculative_start
-from parallel.zero.native import NativeZero, OptimizerSettings, StepInfo
+from parallel.zero.engine import OptimizerSettings, StepInfo
+from parallel.zero.native import NativeZero
 from parallel.zero.post_validation import PostValidatedZero
 
 
 def optimizer_settings(config: RunConfig) -> OptimizerSettings:
     """The engine's part of a run's settings."""
-    optimizer, parallel = config.optimizer, config.parallel
+    optimizer, zero = config.optimizer, config.zero
     return OptimizerSettings(
         algorithm=optimizer.name,
         beta1=optimizer.beta1,
@@ -31,8 +32,8 @@ def optimizer_settings(config: RunConfig) -> OptimizerSettings:
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         clip_norm=optimizer.clip_norm,
-        zero_stage=parallel.zero_stage,
-        bucket_size=parallel.bucket_size,
+        zero_stage=zero.stage,
+        bucket_size=zero.bucket_size,
     )
 
 

@@ -179,7 +179,7 @@ def describe(
             f"schedule  {parallel.schedule}{chunks}, {micro_batches} micro-batches of {train.micro_batch_size}; bubble "
             f"{report.bubble:.1%} by FLOPs; activations in flight per rank: {peaks}, at most "
             f"{max(report.peak_memory):,.3f} GiB; recompute {parallel.recompute}",
-            f"optimizer {config.optimizer.name}, ZeRO stage {parallel.zero_stage} over {groups.data.size} data ranks, "
+            f"optimizer {config.optimizer.name}, ZeRO stage {config.zero.stage} over {groups.data.size} data ranks, "
             f"{len(engine.buckets)} buckets; weights, gradients and optimizer state of this rank: "
             f"{engine.state_bytes / 2**20:,.1f} MiB",
             f"kernels   {runtime.kernels}",

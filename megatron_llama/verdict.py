@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.host_copy import HostCopy
-from parallel.zero.native import StepInfo
+from parallel.zero.engine import StepInfo
 
 
 class Moment:

@@ -50,7 +50,8 @@ try:
     from parallel.tensor.linear import ColumnParallelLinear
     from parallel.tensor.parameter import ShardedParameter
     from parallel.topology import Topology
-    from parallel.zero.native import NativeZero, OptimizerSettings
+    from parallel.zero.engine import OptimizerSettings
+    from parallel.zero.native import NativeZero
     from parallel.zero.post_validation import PostValidatedZero
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")

@@ -7,7 +7,7 @@ first backend of the operation's row that is available on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ class Kernels:
     attention: Kernel
     wgrad: Kernel
     names: Mapping[str, str]
+    fprop: Kernel = torch_kernels.fprop  # the other two products of a linear; float8 replaces all three
+    dgrad: Kernel = torch_kernels.dgrad
 
     def __str__(self) -> str:
         return ", ".join(f"{operation} {name}" for operation, name in self.names.items())
@@ -67,7 +69,7 @@ def resolve_kernels(wanted: Mapping[str, str] | None = None, device: torch.devic
     if unknown:
         raise ConfigError(f"kernels.{min(unknown)}: no such operation; there are {', '.join(ROWS)}")
     chosen = {operation: _choose(operation, wanted.get(operation, "auto"), device) for operation in ROWS}
-    functions = {field.name: chosen[field.name].function for field in fields(Kernels) if field.name != "names"}
+    functions = {operation: backend.function for operation, backend in chosen.items()}
     return Kernels(**functions, names={operation: backend.name for operation, backend in chosen.items()})
 
 

@@ -113,6 +113,16 @@ def varlen_missing(device: torch.device) -> str | None:
     return None
 
 
+def fprop(x: Tensor, weight: Tensor) -> Tensor:  # [..., i], [o, i] -> [..., o]
+    """A linear's output: y = x W^T."""
+    return x @ weight.t()
+
+
+def dgrad(dy: Tensor, weight: Tensor) -> Tensor:  # [..., o], [o, i] -> [..., i]
+    """A linear's input gradient: dx = dy W."""
+    return dy @ weight
+
+
 def wgrad(main_grad: Tensor, x: Tensor, dy: Tensor) -> None:  # [o, i] fp32, [t, i], [t, o]
     """main_grad += dy^T x, the product kept in fp32."""
     if x.dtype == torch.float32:

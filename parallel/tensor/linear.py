@@ -109,7 +109,7 @@ class _ColumnLinear(torch.autograd.Function):
         if sequence_parallel:
             x, gather = start_all_gather(x, tp)
             gather.wait()
-        return x @ weight.t()
+        return kernels.fprop(x, weight)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,7 +121,7 @@ class _ColumnLinear(torch.autograd.Function):
             queue.put(gradient)
         else:
             gradient.fetch()
-        dx = dy @ weight
+        dx = ctx.kernels.dgrad(dy, weight)
         if ctx.sequence_parallel:
             dx, reduction = start_reduce_scatter(dx, tp)
         else:
@@ -145,14 +145,14 @@ class _LocalLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.kernels, ctx.queue = weight, kernels, queue
-        return x @ weight.t()
+        return kernels.fprop(x, weight)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         queue = ctx.queue
         gradient = _LinearWeightGradient(ctx.weight, x, dy, None, ctx.kernels)
-        dx = dy @ ctx.weight
+        dx = ctx.kernels.dgrad(dy, ctx.weight)
         if queue is not None and queue.collecting:
             queue.put(gradient)
             return dx, None, None, None

@@ -1,1 +1,1 @@
-"""Sharded optimizers behind one interface. Reading order: buckets, grad_norm, native."""
+"""Sharded optimizers behind one interface. Reading order: engine, buckets, grad_norm, native, post_validation."""

@@ -8,71 +8,17 @@ all-gather behind the next forward pass. Source: Rajbhandari et al. 2020 (ZeRO),
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from parallel.collectives import Done, Handle, all_reduce
+from parallel.collectives import all_reduce
 from parallel.groups import Axis, ProcessGroups
 from parallel.shards import TensorBox
 from parallel.tensor.parameter import ShardedParameter
 from parallel.zero.buckets import Bucket, make_buckets
+from parallel.zero.engine import Capabilities, OptimizerSettings, StepInfo
 from parallel.zero.grad_norm import local_squared_norm, sum_replicas
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter 2019) or plain SGD. `clip_norm` 0: no clipping. `bucket_size` in elements."""
-
-    algorithm: str = "adamw"
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    zero_stage: int = 1
-    bucket_size: int = 40_000_000
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What an engine supports."""
-
-    any_schedule: bool
-    main_grad: bool
-    overlap: bool
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What the world knows of one step: `totals` [1 + n] fp64, the squared norm and the caller's sums.
-
-    They may be read after `arrival.wait()`, which the properties (device scalars) call. Where there is a `stream`, they are
-    read on it: the current one would wait for other ranks.
-    """
-
-    totals: Tensor
-    arrival: Handle = Done()
-    stream: torch.cuda.Stream | None = None
-
-    @property
-    def norm(self) -> Tensor:
-        """The gradient norm before clipping."""
-        self.arrival.wait()
-        return self.totals[0].sqrt()
-
-    @property
-    def skipped(self) -> Tensor:
-        """1.0 where the update was masked because the norm or a sum was not finite."""
-        self.arrival.wait()
-        return 1.0 - torch.isfinite(self.totals).all().float()
-
-    @property
-    def sums(self) -> Tensor:
-        """The caller's sums, added up over the world."""
-        self.arrival.wait()
-        return self.totals[1:]
 
 
 class NativeZero:

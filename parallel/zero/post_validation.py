@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from parallel.collectives import Done, Handle, all_reduce, broadcast, start_broadcast, start_receive, start_send
 from parallel.groups import ProcessGroups
 from parallel.host_copy import HostCopy
-from parallel.zero.native import NativeZero, OptimizerSettings, StepInfo
+from parallel.zero.engine import OptimizerSettings, StepInfo
+from parallel.zero.native import NativeZero
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def test_unknown_keys_name_the_closest(tmp_path, flag, closest):
         (["--config", "/does/not/exist.toml"], "No such file"),
         (["--model.preset", "lama-7b"], "llama-7b"),
         (["--parallel.schedule", "1f1"], "did you mean 1f1b"),
-        (["--train.dtype", "fp16"], "fp32, bf16"),
+        (["--train.dtype", "fp64"], "fp32, bf16"),
         (["--train.global_batch_size", "0"], "at least 1"),
     ],
 )
@@ -289,9 +289,9 @@ RULES = [
     (["--model.norm_eps", "0"], 1, ["model.norm_eps", "above 0"]),
     (["--model.rope_scaling_factor", "8", "--model.rope_low_freq_factor", "4"], 1, ["4.0 and 4.0", "1.0"]),
     (["--parallel.cp", "2"], 2, ["cp = 2", "has not landed", "to 1"]),
-    (["--parallel.zero_stage", "2"], 1, ["zero_stage = 2", "0 and 1", "to 1"]),
-    (["--parallel.zero_engine", "deepspeed"], 1, ["deepspeed", "has not landed", "native"]),
-    (["--parallel.zero_shard_group_size", "2"], 1, ["= 2", "has not landed", "to 0"]),
+    (["--zero.stage", "2"], 1, ["zero.stage = 2", "0 and 1", "to 1"]),
+    (["--zero.engine", "deepspeed"], 1, ["deepspeed", "has not landed", "native"]),
+    (["--zero.shard_group_size", "2"], 1, ["= 2", "has not landed", "to 0"]),
     (["--parallel.tp", "3"], 3, ["tp 3", "8 heads", "ffn 96", "4 kv heads", "to 2 or 4"]),
     (["--parallel.tp", "16"], 16, ["tp 16", "8 heads", "to 8"]),
     (["--model.num_heads", "12", "--model.num_kv_heads", "6", "--model.hidden_size", "96", "--parallel.tp", "4"], 4,
@@ -328,7 +328,7 @@ def test_each_rule_gives_the_numbers_and_the_fix(flags, world_size, parts):
 
 def test_limits_are_checked_on_configurations_built_in_code():
     config = load_config(VALID)
-    broken = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="fp16"))
+    broken = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="fp64"))
     assert "train.dtype" in error_of(validate_model, broken)
 
 

@@ -7,22 +7,22 @@ from dataclasses import replace
 import pytest
 
 from megatron_llama.config import ParallelConfig
-from tests.parity.test_parity import SMALL_BATCH, layout
+from tests.parity.test_parity import SMALL_BATCH, STAGE_0, layout
 from tests.parity.training import MODEL, TRAIN, Case, train
 from tests.ranks import run_ranks
 
 FP32_BYTES, FP64_BYTES, INT64_BYTES = 4, 8, 8
 
-LAYOUTS = {
-    "tp2": layout(tp=2),
-    "tp2-sp": layout(tp=2, sequence_parallel=True),
-    "tp4-sp-full-recompute": layout(tp=4, sequence_parallel=True, recompute="full"),
-    "pp4": layout(pp=4),
-    "pp2-gpipe": layout(pp=2, schedule="gpipe"),
-    "dp4-zero0": layout(dp=4, zero_stage=0),
-    "dp4-zero1": layout(dp=4),
-    "tp2-pp2-dp2": layout(tp=2, pp=2, dp=2, sequence_parallel=True),
-}
+CASES = [
+    Case("tp2", layout(tp=2), MODEL, SMALL_BATCH),
+    Case("tp2-sp", layout(tp=2, sequence_parallel=True), MODEL, SMALL_BATCH),
+    Case("tp4-sp-full-recompute", layout(tp=4, sequence_parallel=True, recompute="full"), MODEL, SMALL_BATCH),
+    Case("pp4", layout(pp=4), MODEL, SMALL_BATCH),
+    Case("pp2-gpipe", layout(pp=2, schedule="gpipe"), MODEL, SMALL_BATCH),
+    Case("dp4-zero0", layout(dp=4), MODEL, SMALL_BATCH, zero=STAGE_0),
+    Case("dp4-zero1", layout(dp=4), MODEL, SMALL_BATCH),
+    Case("tp2-pp2-dp2", layout(tp=2, pp=2, dp=2, sequence_parallel=True), MODEL, SMALL_BATCH),
+]
 
 
 def expected_bytes(case: Case, rank: int, bucket_elements: int, norm_elements: int) -> dict[tuple[str, str], int]:
@@ -66,7 +66,7 @@ def expected_bytes(case: Case, rank: int, bucket_elements: int, norm_elements: i
     # data axis: the numbers of targets and of squared document lengths, and the gradients and weights of this rank's buckets
     if dp > 1:
         add("all_reduce", "data", 2 * ring(2 * INT64_BYTES, dp))
-        if parallel.zero_stage == 0:
+        if case.zero.stage == 0:
             add("all_reduce", "data", 2 * ring(bucket_elements * FP32_BYTES, dp))
         else:
             add("reduce_scatter", "data", ring(bucket_elements * FP32_BYTES, dp))
@@ -87,9 +87,8 @@ def train_and_measure(rank: int, world_size: int, case: Case):
     return session.finish(), sum(bucket.size for bucket in session.engine.buckets), norms
 
 
-@pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
-def test_bytes_sent_in_a_step(parallel: ParallelConfig) -> None:
-    case = Case("bytes", parallel, MODEL, SMALL_BATCH)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bytes_sent_in_a_step(case: Case) -> None:
     for rank, (outcome, elements, norms) in enumerate(run_ranks(case.world_size, train_and_measure, case)):
         assert outcome.sent_bytes == expected_bytes(case, rank, elements, norms), f"rank {rank}"
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_llama.config import OptimizerConfig, ParallelConfig
+from megatron_llama.config import OptimizerConfig, ParallelConfig, ZeroConfig
 from tests.parity.comparison import differences, inexact, reference
 from tests.parity.training import MODEL, OPTIMIZER, TRAIN, Case, train
 from tests.ranks import run_ranks
@@ -20,6 +20,7 @@ TIED = replace(MODEL, tie_embeddings=True)
 
 
 # Four tensor ranks on two cores wait for one another most of the time: half the layers and micro-batches for them.
+STAGE_0 = ZeroConfig(stage=0)
 SHALLOW = replace(MODEL, num_layers=2)
 SMALL_BATCH = replace(TRAIN, global_batch_size=4)
 PAIRS_OF_SAMPLES = replace(TRAIN, micro_batch_size=2)
@@ -38,15 +39,15 @@ CASES = [
     Case("pp2-1f1b", layout(pp=2)),
     Case("pp4-1f1b", layout(pp=4)),
     Case("pp2-uneven", layout(pp=2, layers_per_stage=(1, 3))),
-    Case("dp2-zero0", layout(dp=2, zero_stage=0)),
+    Case("dp2-zero0", layout(dp=2), zero=STAGE_0),
     Case("dp2-zero1", layout(dp=2)),
-    Case("dp4-zero0", layout(dp=4, zero_stage=0)),
+    Case("dp4-zero0", layout(dp=4), zero=STAGE_0),
     Case("dp4-zero1", layout(dp=4)),
     Case("tp2-pp2", layout(tp=2, pp=2, sequence_parallel=True)),
     Case("tp2-dp2", layout(tp=2, dp=2, sequence_parallel=True)),
     Case("pp2-dp2", layout(pp=2, dp=2)),
     Case("tp2-pp2-dp2", layout(tp=2, pp=2, dp=2, sequence_parallel=True)),
-    Case("tp2-pp2-dp2-no-sp-zero0", layout(tp=2, pp=2, dp=2, zero_stage=0)),
+    Case("tp2-pp2-dp2-no-sp-zero0", layout(tp=2, pp=2, dp=2), zero=STAGE_0),
     Case("odd-vocabulary-tp2", layout(tp=2, sequence_parallel=True), ODD_VOCABULARY),
     Case("vocabulary-of-padding-tp4", layout(tp=4), FEW_ROWS, SMALL_BATCH),
     Case("gqa-tp2", layout(tp=2), GQA),

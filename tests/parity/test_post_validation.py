@@ -17,7 +17,7 @@ from parallel.checkpoint.steps import step_directory
 from parallel.errors import ConfigError
 from parallel.zero.grad_norm import local_squared_norm
 from parallel.zero.post_validation import PostValidatedZero
-from tests.parity.test_parity import SGD, SMALL_BATCH, TIED, layout
+from tests.parity.test_parity import SGD, SMALL_BATCH, STAGE_0, TIED, layout
 from tests.parity.training import OPTIMIZER, Case, Outcome, Session, assemble, micro_batches
 from tests.ranks import run_ranks
 
@@ -150,7 +150,7 @@ CASES = {
     Case("pp2-dualpipe-v", layout(pp=2, chunks=2, schedule="dualpipe-v")): 1.145,
     Case("pp2-tp2", layout(pp=2, tp=2, sequence_parallel=True, schedule="zb-h2"), train=SMALL_BATCH): 1.65,
     Case("pp2-dp2", layout(pp=2, dp=2, schedule="zb-h2")): 1.145,
-    Case("pp2-dp2-zero0", layout(pp=2, dp=2, zero_stage=0)): 1.145,
+    Case("pp2-dp2-zero0", layout(pp=2, dp=2), zero=STAGE_0): 1.145,
     Case("pp2-bf16", layout(pp=2), train=replace(SMALL_BATCH, dtype="bf16")): 1.65,
 }
 

@@ -8,24 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llama.config import ParallelConfig
 from megatron_llama.state import Position, load_state, save_state
 from parallel.checkpoint.steps import step_directory
 from tests.parity.comparison import LOSS_TOLERANCE, relative
-from tests.parity.test_parity import GQA, SMALL_BATCH, TIED, layout
+from tests.parity.test_parity import GQA, SMALL_BATCH, STAGE_0, TIED, layout
 from tests.parity.training import Case, Outcome, Session, assemble, copies
 from tests.ranks import run_ranks
 
 SAVED_AT, STEPS = 3, 6
 
-LAYOUTS = {
-    "alone": layout(),
-    "tp4-sp": layout(tp=4, sequence_parallel=True),
-    "pp4": layout(pp=4),
-    "pp2-uneven-dp2": layout(pp=2, dp=2, layers_per_stage=(1, 3)),
-    "dp4-zero0": layout(dp=4, zero_stage=0),
-    "tp2-pp2-dp2": layout(tp=2, pp=2, dp=2, sequence_parallel=True),
-}
+CASES = [
+    Case("alone", layout()),
+    Case("tp4-sp", layout(tp=4, sequence_parallel=True)),
+    Case("pp4", layout(pp=4)),
+    Case("pp2-uneven-dp2", layout(pp=2, dp=2, layers_per_stage=(1, 3))),
+    Case("dp4-zero0", layout(dp=4), zero=STAGE_0),
+    Case("tp2-pp2-dp2", layout(tp=2, pp=2, dp=2, sequence_parallel=True)),
+]
+
+
+def name(case: Case) -> str:
+    return case.name
 
 
 def state_of(session: Session) -> Outcome:
@@ -76,21 +79,20 @@ def check_pair(source: Case, target: Case, directory: Path, exact: bool) -> None
         assert relative(ours, theirs) < LOSS_TOLERANCE
 
 
-@pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=name)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_same_layout_bit_for_bit(parallel: ParallelConfig, dtype: str, tmp_path: Path) -> None:
-    case = Case("same", parallel, train=replace(SMALL_BATCH, dtype=dtype))
+def test_same_layout_bit_for_bit(case: Case, dtype: str, tmp_path: Path) -> None:
+    case = replace(case, train=replace(SMALL_BATCH, dtype=dtype))
     check_pair(case, case, tmp_path, exact=True)
 
 
-NAMES = list(LAYOUTS)
-PAIRS = [(NAMES[i], NAMES[(i + shift) % len(NAMES)]) for shift in (1, 3) for i in range(len(NAMES))]
+PAIRS = [(CASES[i], CASES[(i + shift) % len(CASES)]) for shift in (1, 3) for i in range(len(CASES))]
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda name: name)
-def test_any_layout_to_any_other(source: str, target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=name)
+def test_any_layout_to_any_other(source: Case, target: Case, tmp_path: Path) -> None:
     model = replace(TIED, num_kv_heads=2, vocab_size=101)  # tied, kv heads below tp 4, a vocabulary that tp does not divide
-    cases = [Case(name, LAYOUTS[name], model, SMALL_BATCH) for name in (source, target)]
+    cases = [replace(case, model=model, train=SMALL_BATCH) for case in (source, target)]
     check_pair(*cases, tmp_path, exact=False)
 
 

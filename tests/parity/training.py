@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_llama.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_llama.config import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    ZeroConfig,
+)
 from megatron_llama.data.blend import Blend
 from megatron_llama.data.boundaries import boundaries
 from megatron_llama.data.loader import Loader, MicroBatch
@@ -40,6 +48,7 @@ class Case:
     model: ModelConfig = MODEL
     train: TrainConfig = TRAIN
     optimizer: OptimizerConfig = OPTIMIZER
+    zero: ZeroConfig = ZeroConfig()
     ragged: bool = False  # loss masks that end somewhere inside
     documents: bool = False  # attention inside random documents only
     packed: bool = False  # samples of whole documents and padding
@@ -50,13 +59,13 @@ class Case:
 
     @property
     def config(self) -> RunConfig:
-        parallel = replace(self.parallel, bucket_size=BUCKET_SIZE)
-        return RunConfig(model=self.model, parallel=parallel, train=self.train, optimizer=self.optimizer)
+        zero = replace(self.zero, bucket_size=BUCKET_SIZE)
+        return RunConfig(model=self.model, parallel=self.parallel, zero=zero, train=self.train, optimizer=self.optimizer)
 
     @property
     def alone(self) -> Case:
         """The same training on one process: no parallelism, no recomputation, no sharding."""
-        return replace(self, name="alone", parallel=ParallelConfig(dp=1, schedule="1f1b", zero_stage=0))
+        return replace(self, name="alone", parallel=ParallelConfig(dp=1, schedule="1f1b"), zero=ZeroConfig(stage=0))
 
 
 @dataclass

@@ -17,7 +17,8 @@ from parallel.tensor.deferred import WeightGradient, WeightGradientQueue
 from parallel.tensor.linear import ColumnParallelLinear
 from parallel.topology import Topology
 from parallel.zero.buckets import Bucket
-from parallel.zero.native import NativeZero, OptimizerSettings
+from parallel.zero.engine import OptimizerSettings
+from parallel.zero.native import NativeZero
 from tests.parallel.building import CPU, grid, parameter, randn, whole
 from tests.parallel.pipeline.lists import all_forward_all_backward, split_backward
 from tests.ranks import run_ranks

@@ -13,7 +13,8 @@ from parallel.kernels.table import resolve_kernels
 from parallel.tensor.cross_entropy import vocabulary_parallel_cross_entropy
 from parallel.tensor.embedding import VocabularyParallelEmbedding
 from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear
-from parallel.zero.native import NativeZero, StepInfo
+from parallel.zero.engine import StepInfo
+from parallel.zero.native import NativeZero
 from tests.parallel.building import parameter, randn, whole
 
 VOCABULARY, HIDDEN, FFN, TOKENS = 24, 6, 10, 5

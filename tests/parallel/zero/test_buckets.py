@@ -9,7 +9,8 @@ from parallel.groups import Axis
 from parallel.ledger import Ledger
 from parallel.shards import Box, Replica, Segment, Shard
 from parallel.zero.buckets import ALIGNMENT, make_buckets
-from parallel.zero.native import NativeZero, OptimizerSettings
+from parallel.zero.engine import OptimizerSettings
+from parallel.zero.native import NativeZero
 from tests.parallel.building import coverage, grid, parameter, randn
 from tests.parallel.zero.model import Net, train_step
 from tests.ranks import run_ranks

@@ -7,8 +7,9 @@ from torch import nn
 from parallel.collectives import all_reduce
 from parallel.shards import Replica, Segment, Shard
 from parallel.tensor.linear import Column, column_shard
+from parallel.zero.engine import OptimizerSettings
 from parallel.zero.grad_norm import local_squared_norm, sum_replicas
-from parallel.zero.native import NativeZero, OptimizerSettings
+from parallel.zero.native import NativeZero
 from tests.parallel.building import box_parts, coverage, grid, parameter, parts, randn, sum_of_parts, whole
 from tests.ranks import run_ranks
 

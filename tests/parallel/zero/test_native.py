@@ -8,7 +8,8 @@ import torch
 from parallel.groups import build_groups
 from parallel.topology import Topology
 from parallel.zero.buckets import Bucket
-from parallel.zero.native import NativeZero, OptimizerSettings
+from parallel.zero.engine import OptimizerSettings
+from parallel.zero.native import NativeZero
 from tests.parallel.building import box_parts, coverage, grid, sum_of_parts
 from tests.parallel.zero.model import SHARDS, Net, backward_passes, micro_batches, train_step
 from tests.ranks import run_ranks

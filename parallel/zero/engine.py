@@ -1,0 +1,108 @@
+"""What the optimizer engines have in common: their settings, their interface, and what they say of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import Done, Handle
+from parallel.shards import TensorBox
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (Loshchilov and Hutter 2019) or plain SGD. `clip_norm` 0: no clipping. `bucket_size` in elements."""
+
+    algorithm: str = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    zero_stage: int = 1
+    bucket_size: int = 40_000_000
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine supports."""
+
+    any_schedule: bool
+    main_grad: bool
+    overlap: bool
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What the world knows of one step: `totals` [1 + n] fp64, the squared norm and the caller's sums.
+
+    They may be read after `arrival.wait()`, which the properties (device scalars) call. Where there is a `stream`, they are
+    read on it: the current one would wait for other ranks.
+    """
+
+    totals: Tensor
+    arrival: Handle = Done()
+    stream: torch.cuda.Stream | None = None
+
+    @property
+    def norm(self) -> Tensor:
+        """The gradient norm before clipping."""
+        self.arrival.wait()
+        return self.totals[0].sqrt()
+
+    @property
+    def skipped(self) -> Tensor:
+        """1.0 where the update was masked because the norm or a sum was not finite."""
+        self.arrival.wait()
+        return 1.0 - torch.isfinite(self.totals).all().float()
+
+    @property
+    def sums(self) -> Tensor:
+        """The caller's sums, added up over the world."""
+        self.arrival.wait()
+        return self.totals[1:]
+
+
+class Engine(Protocol):
+    """Owns this rank's parameters, gradients and optimizer state.
+
+    In a step: `begin_step`, then the executor's `expect_passes`, then the backward passes, then `step`. State is named boxes of
+    logical tensors, so every engine reads what another one wrote.
+    """
+
+    caps: Capabilities
+
+    @property
+    def state_bytes(self) -> int:
+        """What this rank holds: weights, gradients, masters, moments."""
+
+    optimizer_steps: int  # updates applied so far (skipped steps don't count); reading it waits for the device
+
+    def begin_step(self) -> None:
+        """Clear the gradients."""
+
+    def expect_passes(self, count: int) -> None:
+        """Every chunk makes the gradients of `count` backward passes in this step."""
+
+    def step(self, learning_rate: float, sums: Tensor) -> StepInfo:
+        """Reduce what has not left yet, clip, update, and send the weights on their way.
+
+        `sums` [n] fp64: the caller's values to add up over the world along with the squared norm. The update is masked where
+        the norm or a sum is not finite.
+        """
+
+    def finish(self) -> None:
+        """Wait for the communication under way: before evaluating, saving or leaving."""
+
+    def weight_boxes(self, write: bool) -> Iterator[TensorBox]:
+        """The fp32 weights of this rank's shards. `write`: only what this rank is to store; otherwise all it holds."""
+
+    def optimizer_boxes(self, write: bool) -> Iterator[TensorBox]:
+        """The optimizer's moments likewise, named `exp_avg/NAME` and `exp_avg_sq/NAME`."""
+
+    def publish_weights(self) -> None:
+        """After the shards were loaded: bring the model's weights in line with them, on every rank."""
