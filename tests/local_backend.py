@@ -6,7 +6,8 @@ reader's current stream wait for it, never the host. `delay_cycles` lets the mes
 (`"producers"`) come late; whoever forgets to wait then reads what is not there yet. On a CPU there are no streams and the same
 calls just happen in order.
 
-Autograd has one thread per GPU: a backward pass there must not wait for another rank, so on GPUs tensor parallelism is left out.
+Autograd has one thread per GPU: a backward pass must not wait there for another rank, so on GPUs tensor parallelism is left
+out.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class LocalBackend:
 
         return self._meet(group, tensor, out, scatter)
 
-    def all_to_all_single(self, output: Tensor, input: Tensor, group: Member, async_op: bool) -> Work:  # noqa: A002 (torch's name)
+    def all_to_all_single(self, output: Tensor, input: Tensor, group: Member, async_op: bool) -> Work:
         def exchange(arrivals: list[Arrival]) -> None:
             parts = [arrival.source.chunk(len(arrivals)) for arrival in arrivals]
             received = [torch.cat([part[place] for part in parts]) for place in range(len(arrivals))]

@@ -1,17 +1,26 @@
-"""What only a GPU can show: the same losses as on the CPU, and a step in which the host never waits for the device."""
+"""What only a GPU can show: the same losses as on the CPU, and a step in which the host never waits for the device.
+
+Nothing of this file has run on a device yet.
+"""
 
 from __future__ import annotations
 
 import json
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
+from parallel import collectives
 from parallel.pipeline.trace import Trace
-from tests.parity.comparison import BF16_LOSS_TOLERANCE, reference, relative
-from tests.parity.test_parity import GQA, layout
-from tests.parity.training import MODEL, TRAIN, Case, Session, micro_batches
+from tests.parity.comparison import BF16_LOSS_TOLERANCE, inexact, reference, relative
+from tests.parity.test_parity import GQA, SMALL_BATCH, layout
+from tests.parity.training import MODEL, TRAIN, Case, Outcome, Session, micro_batches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -63,3 +72,67 @@ def test_a_split_backward_pass_changes_no_bit_on_a_gpu(recompute: str) -> None:
             session.step(step)
         weights.append([bucket.master.clone() for bucket in session.engine.buckets])
     assert all(torch.equal(split, whole) for whole, split in zip(*weights, strict=True))
+
+
+# Ranks that share the GPU, each in a process of its own, with gloo between them. (gloo sends no CUDA tensors from one rank to
+# another: pipelines are in test_streams.)
+SHARED = [
+    Case("tp2", layout(tp=2), GQA, SMALL_BATCH),
+    Case("tp2-sp", layout(tp=2, sequence_parallel=True), GQA, SMALL_BATCH),
+    Case("tp4-sp", layout(tp=4, sequence_parallel=True), GQA, SMALL_BATCH),
+    Case("dp2-zero1", layout(dp=2), GQA, SMALL_BATCH),
+    Case("tp2-dp2", layout(tp=2, dp=2, sequence_parallel=True), GQA, SMALL_BATCH),
+]
+DELAY_CYCLES = 2_000_000  # about a millisecond
+
+
+def _late(function: Callable, when: str) -> Callable:
+    """A collective before which (or after whose start) this rank's stream is busy for a while."""
+
+    def call(*args: object, **options: object) -> object:
+        if when == "before":
+            torch.cuda._sleep(DELAY_CYCLES)
+        work = function(*args, **options)
+        if when == "after":
+            torch.cuda._sleep(DELAY_CYCLES)
+        return work
+
+    return call
+
+
+def _train_on_a_shared_gpu(rank: int, case: Case, folder: Path, when: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=case.world_size)
+    for owner, name in (
+        (dist, "all_reduce"),
+        (dist, "all_to_all_single"),
+        (collectives, "_all_gather_into"),
+        (collectives, "_reduce_scatter_into"),
+    ):
+        setattr(owner, name, _late(getattr(owner, name), when))
+    session = Session(rank, case.world_size, case, device="cuda")
+    for step in range(4):
+        session.step(step)
+    (folder / f"{rank}").write_bytes(pickle.dumps(_on_host(session.finish())))
+    dist.destroy_process_group()
+
+
+def _on_host(outcome: Outcome) -> Outcome:
+    for boxes in (outcome.weights, outcome.optimizer, outcome.gradients):
+        boxes[:] = [replace(box, tensor=box.tensor.cpu()) for box in boxes]
+    return outcome
+
+
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+def test_late_collectives_change_no_bit(case: Case, tmp_path: Path) -> None:
+    """What is computed waits for what arrives, and what is sent is not overwritten before it has left."""
+    outcomes = {}
+    for when in ("never", "before", "after"):
+        folder = tmp_path / when
+        folder.mkdir()
+        torch.multiprocessing.spawn(_train_on_a_shared_gpu, (case, folder, when), nprocs=case.world_size)
+        outcomes[when] = [pickle.loads((folder / f"{rank}").read_bytes()) for rank in range(case.world_size)]
+    assert inexact(outcomes["before"], outcomes["never"]) == []
+    assert inexact(outcomes["after"], outcomes["never"]) == []
+    expected = reference(case)
+    for ours, theirs in zip(outcomes["never"][0].losses, expected.losses, strict=False):
+        assert relative(ours, theirs) < 1e-5

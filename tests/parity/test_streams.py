@@ -1,7 +1,7 @@
 """The program's messages on streams: ranks as threads that share one device, with messages and what they read coming late.
 
-On CPUs this shows that the ranks agree whatever carries their messages; on a GPU, that nobody reads a tensor before it is there.
-The GPU part has not run on a device yet.
+On CPUs this shows that the ranks agree whatever carries their messages; on a GPU, that nobody reads a tensor before it is
+there. The GPU part has not run on a device yet.
 """
 
 from __future__ import annotations
