@@ -7,6 +7,7 @@ wait and never the host.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -32,6 +33,17 @@ class Done:
 
     def wait(self) -> None:
         return None
+
+
+class All:
+    """Several handles as one."""
+
+    def __init__(self, handles: Sequence[Handle]) -> None:
+        self.handles = handles
+
+    def wait(self) -> None:
+        for handle in self.handles:
+            handle.wait()
 
 
 def _size_bytes(tensor: Tensor) -> int:
@@ -76,10 +88,26 @@ def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
     return out
 
 
+class SumOfPieces:
+    """The handle of a reduce-scatter by all-to-all: when the pieces [size, ...] are there, `wait` adds them up in rank order.
+
+    The sum is rounded once, to the dtype of `out`; on a GPU it is made on the current stream.
+    """
+
+    def __init__(self, exchange: Handle, pieces: Tensor, out: Tensor) -> None:
+        self.exchange, self.pieces, self.out = exchange, pieces, out
+
+    def wait(self) -> None:
+        self.exchange.wait()
+        torch.sum(self.pieces, dim=0, dtype=self.out.dtype, out=self.out)
+
+
 def start_reduce_scatter(tensor: Tensor, axis: Axis, out: Tensor | None = None) -> tuple[Tensor, Handle]:
     """Sum over the axis and keep this rank's part of dim 0: [size * n, ...] -> [n, ...].
 
-    `out` may be this rank's part of `tensor` itself.
+    `out` may be this rank's part of `tensor` itself, or of a wider dtype: sums are made in its dtype, what travels has that of
+    `tensor`. That is more than a backend's reduce-scatter can do, and gloo's moves a whole all-reduce: in both cases the pieces
+    are exchanged all-to-all and added up here, for the same bytes as a ring's.
     """
     if axis.size == 1:
         return tensor, Done()
@@ -87,9 +115,32 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis, out: Tensor | None = None) 
     assert tensor.shape[0] % axis.size == 0, f"dim 0 of {tuple(tensor.shape)} does not split over {axis.size} ranks"
     if out is None:
         out = tensor.new_empty((tensor.shape[0] // axis.size, *tensor.shape[1:]))
-    axis.record("reduce_scatter", _size_bytes(out) * (axis.size - 1))
+    axis.record("reduce_scatter", _size_bytes(tensor) // axis.size * (axis.size - 1))
     with record_function(f"reduce_scatter/{axis.name}"):
-        return out, _reduce_scatter_into(out, tensor, group=axis.group, async_op=True)
+        if out.dtype == tensor.dtype and dist.get_backend(axis.group) != "gloo":
+            return out, _reduce_scatter_into(out, tensor, group=axis.group, async_op=True)
+        pieces = torch.empty_like(tensor)
+        exchange = _start_all_to_all(pieces.view(axis.size, *out.shape), tensor.view(axis.size, *out.shape), axis)
+        return out, SumOfPieces(exchange, pieces.view(axis.size, *out.shape), out)
+
+
+def _start_all_to_all(out: Tensor, tensor: Tensor, axis: Axis) -> Handle:  # [size, ...] twice
+    """Send part i to member i. gloo's own all-to-all sends before it receives, so that a slow link goes one way at a time."""
+    if tensor.is_cuda or dist.get_backend(axis.group) != "gloo":
+        return dist.all_to_all_single(out, tensor, group=axis.group, async_op=True)
+    messages = []
+    for shift in range(1, axis.size):
+        target, source = ((axis.rank + step) % axis.size for step in (-shift, shift))
+        messages += _exchange(tensor[target], out[source], axis, target, source)
+    out[axis.rank] = tensor[axis.rank]
+    return All(messages)
+
+
+def _exchange(tensor: Tensor, out: Tensor, axis: Axis, target: int, source: int) -> list[dist.Work]:
+    """The receive comes first: gloo announces it on the connection that the sent bytes would hold up."""
+    receive = dist.P2POp(dist.irecv, out, axis.ranks[source], axis.group)
+    send = dist.P2POp(dist.isend, tensor, axis.ranks[target], axis.group)
+    return dist.batch_isend_irecv([receive, send])
 
 
 def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
@@ -97,6 +148,27 @@ def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
     out, handle = start_reduce_scatter(tensor, axis)
     handle.wait()
     return out
+
+
+class _GatherOfSums:
+    """The handle of an all-reduce in narrow numbers: `wait` gathers the sums, rounded to `dtype`, once they are there."""
+
+    def __init__(self, sums: Tensor, scatter: Handle, whole: Tensor, axis: Axis, dtype: torch.dtype) -> None:
+        self.sums, self.scatter, self.whole, self.axis, self.dtype = sums, scatter, whole, axis, dtype
+
+    def wait(self) -> None:
+        self.scatter.wait()
+        self.whole.copy_(all_gather(self.sums.to(self.dtype), self.axis))
+
+
+def start_narrow_all_reduce(tensor: Tensor, axis: Axis, dtype: torch.dtype) -> Handle:
+    """Sum `tensor` (contiguous) in place over the axis, by messages in `dtype`. Sums are made in the tensor's own dtype and
+    rounded once, so all members get the same ones. Dim 0 must split over the axis."""
+    if axis.size == 1 or dtype == tensor.dtype:
+        return start_all_reduce(tensor, axis)
+    sums = tensor.new_empty((tensor.shape[0] // axis.size, *tensor.shape[1:]))
+    _, scatter = start_reduce_scatter(tensor.to(dtype), axis, out=sums)
+    return _GatherOfSums(sums, scatter, tensor, axis, dtype)
 
 
 def start_broadcast(tensor: Tensor, axis: Axis, source: int) -> Handle:
@@ -132,6 +204,18 @@ def start_receive(tensor: Tensor, axis: Axis, peer: int, tag: int) -> dist.Work:
     work = dist.irecv(tensor, src=axis.ranks[peer], group=axis.group, tag=tag)
     assert work is not None
     return work
+
+
+def start_exchange(tensor: Tensor, out: Tensor, axis: Axis, shift: int) -> Handle:
+    """Send `tensor` to the member `shift` places before this one, and receive into `out` from that `shift` places after it.
+
+    Places are counted round the axis, tensors are contiguous. All members call it together, like a collective.
+    """
+    assert tensor.is_contiguous() and out.is_contiguous()
+    target, source = ((axis.rank + step) % axis.size for step in (-shift, shift))
+    axis.record("exchange", _size_bytes(tensor))
+    with record_function(f"exchange/{axis.name}"):
+        return All(_exchange(tensor, out, axis, target, source))
 
 
 def barrier(axis: Axis, device: torch.device) -> None:

@@ -42,9 +42,12 @@ class Axis:
 class ProcessGroups:
     """All axes of one rank.
 
-    `data` combines dp and cp: the ranks that hold the same parameters and see different tokens. `pp_forward` and
-    `pp_backward` are the pipeline axis twice, so that activations and gradients never wait for one another on a
-    communicator. Where a placement sends activations both ways between two ranks, `pp_forward_down` (to a lower rank) and
+    `data` combines dp and cp: the ranks that hold the same parameters and see different tokens. The optimizer is sharded over
+    `shard`, which is `data` itself or a run of consecutive ranks of it (a node, say); `copies` are the ranks that hold the same
+    shard then, one of each run.
+
+    `pp_forward` and `pp_backward` are the pipeline axis twice, so that activations and gradients never wait for one another on
+    a communicator. Where a placement sends activations both ways between two ranks, `pp_forward_down` (to a lower rank) and
     `pp_backward_up` (to a higher one) are communicators too; otherwise they are the first two again. `replicas` are further
     axes by name (kv heads below tp, tied embeddings).
     """
@@ -60,6 +63,8 @@ class ProcessGroups:
     cp: Axis
     tp: Axis
     data: Axis
+    shard: Axis
+    copies: Axis
     replicas: Mapping[str, Axis]
     ledger: Ledger
 
@@ -80,12 +85,14 @@ def build_groups(
     replica_groups: Mapping[str, list[tuple[int, ...]]] | None = None,
     timeout: timedelta = timedelta(minutes=10),
     both_ways: bool = False,
+    shard_group_size: int = 0,
 ) -> ProcessGroups:
     """Create every process group of the grid; all ranks call it together, with the same arguments but `rank`.
 
     `replica_groups` maps the name of a further axis to all its groups; a rank in none of them gets an axis of size 1.
     `timeout` bounds each collective (`new_group` does not inherit the default group's). `both_ways`: activations go both ways
-    between some two pp ranks (`parallel.pipeline.p2p.both_ways`).
+    between some two pp ranks (`parallel.pipeline.p2p.both_ways`). `shard_group_size`: how many dp ranks share one copy of the
+    optimizer; 0 is all of them.
     """
     ledger = Ledger()
 
@@ -99,7 +106,12 @@ def build_groups(
                 mine = Axis(name, ranks.index(rank), len(ranks), ranks, group, ledger)
         return mine
 
-    pipeline = topology.groups("pp")
+    pipeline, data_groups = topology.groups("pp"), topology.groups("dp", "cp")
+    data, copies = build("data", data_groups), Axis.single("copies", rank, ledger)
+    shard, size = data, shard_group_size * topology.cp
+    if 0 < size < data.size:
+        shard = build("shard", [ranks[i : i + size] for ranks in data_groups for i in range(0, len(ranks), size)])
+        copies = build("copies", [ranks[i::size] for ranks in data_groups for i in range(size)])
     forward, backward = build("pp", pipeline), build("pp", pipeline)
     return ProcessGroups(
         topology=topology,
@@ -112,7 +124,9 @@ def build_groups(
         dp=build("dp", topology.groups("dp")),
         cp=build("cp", topology.groups("cp")),
         tp=build("tp", topology.groups("tp")),
-        data=build("data", topology.groups("dp", "cp")),
+        data=data,
+        shard=shard,
+        copies=copies,
         replicas=MappingProxyType({name: build(name, groups) for name, groups in (replica_groups or {}).items()}),
         ledger=ledger,
     )

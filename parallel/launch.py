@@ -1,13 +1,14 @@
 """Who am I: rank facts from torchrun or from being alone, the rendezvous, and the device.
 
-The only module that reads the environment. `DETECTORS` is the door through which SLURM and MPI come: each looks at the
-environment and returns the facts, or None where it is not its launcher.
+The only module that reads the environment, or changes it for a library. `DETECTORS` is the door through which SLURM and MPI
+come: each looks at the environment and returns the facts, or None where it is not its launcher.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -94,3 +95,20 @@ def stop() -> None:
     """Leave the process group, if there is one. Call it on every way out that all ranks take."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def lent_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables for a library that reads them. Afterwards the environment is as it was, whatever the library has set."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def provide_local_rank(local_rank: int) -> None:
+    """LOCAL_RANK, for a library that reads it while it runs; a launcher's own value stays."""
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))

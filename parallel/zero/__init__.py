@@ -1,1 +1,5 @@
-"""Sharded optimizers behind one interface. Reading order: engine, buckets, grad_norm, native, post_validation."""
+"""Sharded optimizers behind one interface.
+
+Reading order: engine, support; buckets, traffic, grad_norm, storage, loss_scale, update, native, post_validation;
+deepspeed_setup, deepspeed_parts, deepspeed_engine.
+"""

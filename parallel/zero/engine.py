@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.collectives import Done, Handle
 from parallel.shards import TensorBox
+from parallel.zero.loss_scale import LossScale
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter 2019) or plain SGD. `clip_norm` 0: no clipping. `bucket_size` in elements."""
+    """AdamW (Loshchilov and Hutter 2019) or plain SGD. `clip_norm` 0: no clipping. `bucket_size` in elements.
+
+    Micro-batches add up their gradients in `gradient_dtype`, and gradients travel in `reduce_dtype`, or in the former where it
+    is narrower. Without `overlap`, nothing travels behind computation. `ProcessGroups.shard` says who shares the optimizer.
+
+    AdamW's moments are kept in `moment_dtype`, masters as "fp32" or as the "remainder" of bf16 weights. `loss_scale` is the
+    first one of fp16 training (0: none), doubled after `loss_scale_window` finite steps.
+    """
 
     algorithm: str = "adamw"
     beta1: float = 0.9
@@ -25,6 +33,13 @@ class OptimizerSettings:
     clip_norm: float = 1.0
     zero_stage: int = 1
     bucket_size: int = 40_000_000
+    gradient_dtype: torch.dtype = torch.float32
+    reduce_dtype: torch.dtype = torch.float32
+    overlap: bool = True
+    moment_dtype: torch.dtype = torch.float32
+    master_weights: str = "fp32"
+    loss_scale: float = 0.0
+    loss_scale_window: int = 1000
 
 
 @dataclass(frozen=True)
@@ -40,19 +55,22 @@ class Capabilities:
 class StepInfo:
     """What the world knows of one step: `totals` [1 + n] fp64, the squared norm and the caller's sums.
 
-    They may be read after `arrival.wait()`, which the properties (device scalars) call. Where there is a `stream`, they are
-    read on it: the current one would wait for other ranks.
+    The squared norm is that of gradients that bear the `loss_scale` (fp16; a device scalar). The totals may be read after
+    `arrival.wait()`, which the properties (device scalars) call. Where there is a `stream`, they are read on it: the current
+    one would wait for other ranks.
     """
 
     totals: Tensor
     arrival: Handle = Done()
     stream: torch.cuda.Stream | None = None
+    loss_scale: Tensor | None = None
 
     @property
     def norm(self) -> Tensor:
-        """The gradient norm before clipping."""
+        """The gradient norm before clipping, without the loss scale."""
         self.arrival.wait()
-        return self.totals[0].sqrt()
+        norm = self.totals[0].sqrt()
+        return norm if self.loss_scale is None else norm / self.loss_scale
 
     @property
     def skipped(self) -> Tensor:
@@ -75,6 +93,9 @@ class Engine(Protocol):
     """
 
     caps: Capabilities
+    loss_scale: LossScale | None  # what the loss of a step is to be multiplied by (fp16)
+    chunks: Sequence[nn.Module]  # what the executor is to call
+    buckets: Sequence[object]  # the flat tensors that are updated as one
 
     @property
     def state_bytes(self) -> int:
@@ -104,5 +125,8 @@ class Engine(Protocol):
     def optimizer_boxes(self, write: bool) -> Iterator[TensorBox]:
         """The optimizer's moments likewise, named `exp_avg/NAME` and `exp_avg_sq/NAME`."""
 
-    def publish_weights(self) -> None:
-        """After the shards were loaded: bring the model's weights in line with them, on every rank."""
+    def load(self, fill: Callable[[Iterable[TensorBox]], object]) -> None:
+        """Let `fill` write the boxes of this rank's weights and moments; then bring the model in line, on every rank.
+
+        All ranks call it together. The boxes of `weight_boxes` and `optimizer_boxes` are to be read only.
+        """

@@ -6,19 +6,19 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from parallel.collectives import all_reduce
 from parallel.groups import ProcessGroups
+from parallel.kernels import optimizer_kernels
+from parallel.kernels.providers import Kernel
 from parallel.zero.buckets import Bucket
-
-ROW = 1 << 14  # elements whose squares torch may add up one after the other in fp32
 
 
 def sum_replicas(bucket: Bucket, groups: ProcessGroups) -> None:
     """Add up, over each replica axis, the partial gradients of the bucket's replicated segments: one message per axis.
 
-    Afterwards all copies of a segment have the same gradient, bit for bit.
+    Afterwards all copies of a segment have the same gradient, bit for bit. It is a message before that of the data ranks: one
+    over both would need a communicator for each such pair of axes, and send whole gradients twice instead of shards once.
     """
     views: dict[str, list[Tensor]] = {}
     for parameter in bucket.parameters:
@@ -28,14 +28,16 @@ def sum_replicas(bucket: Bucket, groups: ProcessGroups) -> None:
                 view = parameter.sink.main_grad[segment.local.slices()]
                 views.setdefault(segment.replica.axis, []).append(view)
     for name, members in sorted(views.items()):
-        packed = torch.cat([view.reshape(-1) for view in members])
+        packed = torch.cat([view.reshape(-1) for view in members]).float()
         all_reduce(packed, groups.axis(name))
         parts = packed.split([view.numel() for view in members])
         for view, part in zip(members, parts, strict=True):
             view.copy_(part.view_as(view))
 
 
-def local_squared_norm(buckets: Iterable[Bucket], data_copies: int) -> Tensor:
+def local_squared_norm(
+    buckets: Iterable[Bucket], data_copies: int, l2_norm: Kernel = optimizer_kernels.l2_norm
+) -> Tensor:
     """This rank's share of the squared norm of the reduced gradients (fp64 scalar): summed over the world, it is whole.
 
     A replicated segment counts 1/size on each copy, and everything 1/`data_copies` where the data ranks are not sharded.
@@ -52,18 +54,5 @@ def local_squared_norm(buckets: Iterable[Bucket], data_copies: int) -> Tensor:
             by_weight.setdefault(copies, []).append(bucket.master_grad[place])
     total = torch.zeros((), dtype=torch.float64, device=device)
     for copies, gradients in by_weight.items():
-        parts = [part for gradient in gradients for part in _row_norms(gradient)]
-        total += get_total_norm(parts).double().square() / (copies * data_copies)
+        total += l2_norm(gradients).double().square() / (copies * data_copies)
     return total
-
-
-def _row_norms(gradient: Tensor) -> tuple[Tensor, ...]:  # flat
-    """Tensors that together have the gradient's norm: the norms of its rows of ROW elements, and what is left over.
-
-    On CPUs torch's norm of a whole tensor keeps a few fp32 sums: 4e-4 too small for 10 million elements, 2e-2 for 160.
-    """
-    rows = gradient.numel() // ROW
-    if rows < 2:
-        return (gradient,)
-    whole, rest = gradient.split([rows * ROW, gradient.numel() - rows * ROW])
-    return torch.linalg.vector_norm(whole.view(rows, ROW), dim=1), rest

@@ -2,23 +2,32 @@
 
 Stage 0: every data rank holds the whole optimizer state, gradients are all-reduced. Stage 1: the state is sharded over the
 data ranks; gradients leave by reduce-scatter as buckets fill in the last backward pass of a step, weights come back by
-all-gather behind the next forward pass. Source: Rajbhandari et al. 2020 (ZeRO), stage 1.
+all-gather behind the next forward pass. Stage 2: buckets leave in every backward pass and add to the rank's shard; nobody
+keeps whole gradients. The state may be sharded over some of the data ranks only (those of a node), of which each such group has
+a copy: then shards are added up across groups, and weights are gathered inside one.
+Source: Rajbhandari et al. 2020 (ZeRO), stages 1 and 2; Zhang et al. 2022 (MiCS), section 3, for the groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from parallel.collectives import all_reduce
 from parallel.groups import Axis, ProcessGroups
+from parallel.kernels.table import Kernels, resolve_kernels
 from parallel.shards import TensorBox
 from parallel.tensor.parameter import ShardedParameter
-from parallel.zero.buckets import Bucket, make_buckets
+from parallel.zero.buckets import Bucket, Sharding, make_buckets
 from parallel.zero.engine import Capabilities, OptimizerSettings, StepInfo
 from parallel.zero.grad_norm import local_squared_norm, sum_replicas
+from parallel.zero.traffic import REDUCTIONS_UNDER_WAY, Gathers, Reductions
+from parallel.zero.update import ShardedUpdate
 
 
 class NativeZero:
@@ -30,46 +39,37 @@ class NativeZero:
 
     caps = Capabilities(any_schedule=True, main_grad=True, overlap=True)
 
-    def __init__(self, chunks: Sequence[nn.Module], groups: ProcessGroups, settings: OptimizerSettings) -> None:
-        self.groups, self.settings = groups, settings
-        sharded = settings.zero_stage >= 1
-        shard_axis = groups.data if sharded else Axis.single("data", groups.data.ranks[groups.data.rank], groups.ledger)
-        self.data_copies = 1 if sharded else groups.data.size
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        groups: ProcessGroups,
+        settings: OptimizerSettings,
+        kernels: Kernels | None = None,
+    ) -> None:
+        self.chunks, self.groups, self.settings = chunks, groups, settings
+        self.kernels = kernels or resolve_kernels()
+        sharding = _sharding(groups, settings)
+        self.copies_axis = sharding.copies_axis
+        limit = REDUCTIONS_UNDER_WAY if sharding.holds_buffers else math.inf
+        self._reductions = Reductions(limit if settings.overlap else 0)
         self.chunk_buckets = [
-            make_buckets(parameters, settings.bucket_size, shard_axis, groups.data) for parameters in _owned_parameters(chunks)
+            make_buckets(parameters, settings.bucket_size, sharding, self._reductions.start)
+            for parameters in _owned_parameters(chunks)
         ]
         self.buckets = [bucket for buckets in self.chunk_buckets for bucket in buckets]
-        self._optimizer = self._make_optimizer()
+        self.update = ShardedUpdate(self.buckets, settings, self.kernels.adamw)
+        self.loss_scale = self.update.loss_scale
+        self._gathers = Gathers([bucket for buckets in self.chunk_buckets for bucket in reversed(buckets)])
         owner = {id(parameter): bucket for bucket in self.buckets for parameter in bucket.parameters}
         for chunk in chunks:
             for module in chunk.modules():
                 mine = {id(owner[id(p)]): owner[id(p)] for p in module.parameters(recurse=False)}
                 if mine:
-                    module.register_forward_pre_hook(_waiter(list(mine.values())))
+                    module.register_forward_pre_hook(partial(self._before_use, list(mine.values())))
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        settings = self.settings
-        param_groups = []
-        for decay in (True, False):
-            masters = [bucket.master for bucket in self.buckets if bucket.bucket_class.decay == decay]
-            if masters:
-                param_groups.append({"params": masters, "weight_decay": settings.weight_decay * decay})
-        for bucket in self.buckets:
-            bucket.master.grad = bucket.master_grad
-        if settings.algorithm == "sgd":
-            for group in param_groups:
-                group["weight_decay"] = 0.0
-            return torch.optim.SGD(param_groups, lr=0.0, fused=True)
-        optimizer = torch.optim.AdamW(
-            param_groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
-        )
-        for bucket in self.buckets:  # made now: memory does not grow at the first step, and a checkpoint has where to load
-            optimizer.state[bucket.master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=bucket.master.device),
-                "exp_avg": torch.zeros_like(bucket.master),
-                "exp_avg_sq": torch.zeros_like(bucket.master),
-            }
-        return optimizer
+    def _before_use(self, buckets: list[Bucket], module: nn.Module, inputs: object) -> None:
+        for bucket in buckets:
+            self._gathers.wait_for(bucket)
 
     # ---- during a step --------------------------------------------------------------------------------------------------
 
@@ -81,10 +81,11 @@ class NativeZero:
     def expect_passes(self, count: int) -> None:
         """Every chunk makes the gradients of `count` backward passes in this step: buckets leave as they fill.
 
-        Buckets with replicas wait for `step`: a copy may be on another stage, which is not done yet.
+        Buckets with replicas wait for `step`: a copy may be on another stage, which is not done yet. So do all without overlap,
+        but for those that leave in every pass.
         """
         for bucket in self.buckets:
-            if not bucket.bucket_class.replica_axes:
+            if bucket.every_pass or (self.settings.overlap and not bucket.bucket_class.replica_axes):
                 bucket.expect_passes(count)
 
     @torch.no_grad()
@@ -96,9 +97,9 @@ class NativeZero:
         for bucket in self.buckets:
             if not bucket.has_left:
                 sum_replicas(bucket, self.groups)
-                bucket.start_reduction()
-        for bucket in self.buckets:
-            bucket.wait_reduction()
+                bucket.has_left = True
+                self._reductions.start(bucket)
+        self._reductions.finish()
 
     @torch.no_grad()
     def step(self, learning_rate: float, sums: Tensor) -> StepInfo:
@@ -108,80 +109,68 @@ class NativeZero:
         update is masked on the device where the norm or a sum is not finite; the count of Adam's steps stands still then.
         """
         self.reduce_gradients()
-        info = StepInfo(all_reduce(self._local_totals(sums), self.groups.world))
-        self._update(learning_rate, info.norm, info.skipped)
+        self._gathers.finish()  # of weights that no forward pass has used
+        scale = None if self.loss_scale is None else self.loss_scale.value
+        info = StepInfo(all_reduce(self._local_totals(sums), self.groups.world), loss_scale=scale)
+        self.update.apply(learning_rate, info.norm, info.skipped)
         self._start_gathers()
         return info
 
     def _local_totals(self, sums: Tensor) -> Tensor:  # [n] -> [1 + n]
         """This rank's part of a step's totals: its squared norm and `sums`."""
-        return torch.cat([local_squared_norm(self.buckets, self.data_copies)[None], sums])
-
-    def _update(self, learning_rate: float, norm: Tensor, skipped: Tensor) -> None:
-        """torch's fused optimizers divide the gradients by `grad_scale` and do nothing where `found_inf` is 1."""
-        if self.settings.clip_norm > 0:
-            self._optimizer.grad_scale = (norm / self.settings.clip_norm).clamp(min=1.0).float()
-        self._optimizer.found_inf = skipped
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
+        squared_norm = local_squared_norm(self.buckets, self.copies_axis.size, self.kernels.l2_norm)
+        return torch.cat([squared_norm[None], sums])
 
     def _start_gathers(self) -> None:
-        """Send the weights on their way."""
-        for buckets in self.chunk_buckets:
-            for bucket in reversed(buckets):  # about the order of the next forward passes
-                bucket.start_gather()
+        """The shards have new weights: send them on their way."""
+        self._gathers.start()
+        if not self.settings.overlap:
+            self._gathers.finish()
 
     def finish(self) -> None:
         """Wait for the gathers under way: before evaluating, saving or leaving."""
-        for bucket in self.buckets:
-            bucket.wait_gather()
+        self._gathers.finish()
 
     # ---- state ----------------------------------------------------------------------------------------------------------
 
     @property
     def state_bytes(self) -> int:
-        """What this rank holds: weights, gradients, fp32 masters where they are not the weights themselves, moments."""
-        buffers = [buffer for bucket in self.buckets for buffer in (bucket.weights, bucket.main_grad)]
-        buffers += [bucket.master for bucket in self.buckets if bucket.weights.dtype != torch.float32]
-        buffers += [tensor for state in self._optimizer.state.values() for tensor in state.values()]
-        return sum(buffer.nbytes for buffer in buffers)
+        """What this rank holds between steps: weights, gradients, fp32 masters where they are not the weights, moments.
+
+        In stage 2 there are the buckets that fill and travel besides, during a step.
+        """
+        return sum(bucket.buffer_bytes for bucket in self.buckets) + self.update.state_bytes
 
     @property
     def optimizer_steps(self) -> int:
         """Updates applied so far (skipped steps don't count). Reading it waits for the device."""
-        if self.settings.algorithm == "sgd" or not self.buckets:
-            return 0
-        return int(self._optimizer.state[self.buckets[0].master]["step"].item())
+        return self.update.steps
 
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
-        for state in self._optimizer.state.values():
-            if "step" in state:
-                state["step"].fill_(steps)
+        self.update.steps = steps
 
     def weight_boxes(self, write: bool) -> Iterator[TensorBox]:
         """The fp32 weights of this rank's shards as boxes of logical tensors.
 
         `write`: only what this rank is to store (the first copy of each replica); otherwise everything it holds.
         """
-        yield from self._boxes(write, "", lambda bucket: bucket.master)
+        yield from self._boxes(write, "", self.update.read("master"))
 
     def optimizer_boxes(self, write: bool) -> Iterator[TensorBox]:
         """The optimizer's moments likewise, named `exp_avg/NAME` and `exp_avg_sq/NAME`."""
-        if self.settings.algorithm == "adamw":
-            for kind in ("exp_avg", "exp_avg_sq"):
-                yield from self._boxes(write, f"{kind}/", lambda bucket, kind=kind: self._optimizer.state[bucket.master][kind])
+        for kind in self.update.moment_names:
+            yield from self._boxes(write, f"{kind}/", self.update.read(kind))
 
     def gradient_boxes(self) -> Iterator[TensorBox]:
         """The reduced gradients (fp32) of this rank's shards, between `reduce_gradients` and the update."""
-        yield from self._boxes(False, "", lambda bucket: bucket.master_grad)
+        yield from self._boxes(False, "", [bucket.master_grad for bucket in self.buckets])
 
-    def _boxes(self, write: bool, prefix: str, flat_of) -> Iterator[TensorBox]:
-        if write and self.data_copies > 1 and self.groups.data.rank != 0:
+    def _boxes(self, write: bool, prefix: str, flats: Iterable[Tensor]) -> Iterator[TensorBox]:
+        """The boxes of one flat fp32 tensor per bucket, which covers its shard."""
+        if write and self.copies_axis.rank != 0:
             return
-        for bucket in self.buckets:
-            flat = flat_of(bucket)
+        for bucket, flat in zip(self.buckets, flats, strict=True):
             for piece, place in bucket.pieces():
                 segment = piece.segment
                 if write and segment.replica is not None and segment.replica.index != 0:
@@ -189,11 +178,29 @@ class NativeZero:
                 yield TensorBox(prefix + segment.name, segment.global_shape, piece.box, flat[place].view(piece.box.shape))
 
     @torch.no_grad()
+    def load(self, fill: Callable[[Iterable[TensorBox]], object]) -> None:
+        """Let `fill` write the boxes of this rank's weights and moments; then bring the model in line, on every rank."""
+        tensors = {kind: list(self.update.read(kind)) for kind in ("master", *self.update.moment_names)}
+        prefixes = {kind: "" if kind == "master" else f"{kind}/" for kind in tensors}
+        fill(chain.from_iterable(self._boxes(False, prefixes[kind], flats) for kind, flats in tensors.items()))
+        for kind, flats in tensors.items():
+            self.update.store(kind, flats)
+        self.publish_weights()
+
+    @torch.no_grad()
     def publish_weights(self) -> None:
-        """After the shards were loaded: bring the model's weights in line with them, on every rank."""
-        for bucket in self.buckets:
-            bucket.start_gather()
-        self.finish()
+        """After the shards were written: bring the model's weights in line with them, on every rank."""
+        self._gathers.start()
+        self._gathers.finish()
+
+
+def _sharding(groups: ProcessGroups, settings: OptimizerSettings) -> Sharding:
+    """Who has which part of the optimizer. In stage 0 all data ranks have copies of the whole."""
+    shard, copies = groups.shard, groups.copies
+    if settings.zero_stage == 0:
+        shard, copies = Axis.single("shard", groups.data.ranks[groups.data.rank], groups.ledger), groups.data
+    narrower = min(settings.gradient_dtype, settings.reduce_dtype, key=lambda dtype: dtype.itemsize)
+    return Sharding(shard, copies, settings.gradient_dtype, narrower, every_pass=settings.zero_stage == 2)
 
 
 def _owned_parameters(chunks: Sequence[nn.Module]) -> list[list[ShardedParameter]]:
@@ -206,11 +213,3 @@ def _owned_parameters(chunks: Sequence[nn.Module]) -> list[list[ShardedParameter
         seen.update(map(id, new))
         owned.append(new)
     return owned
-
-
-def _waiter(buckets: list[Bucket]):
-    def wait(module: nn.Module, inputs: object) -> None:
-        for bucket in buckets:
-            bucket.wait_gather()
-
-    return wait

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from parallel.collectives import Done, Handle, all_reduce, broadcast, start_broadcast, start_receive, start_send
 from parallel.groups import ProcessGroups
 from parallel.host_copy import HostCopy
+from parallel.kernels.table import Kernels
 from parallel.zero.engine import OptimizerSettings, StepInfo
 from parallel.zero.native import NativeZero
 
@@ -46,10 +47,15 @@ class PostValidatedZero(NativeZero):
     a tied embedding's two gradients would make the first and the last rank meet.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], groups: ProcessGroups, settings: OptimizerSettings) -> None:
-        super().__init__(chunks, groups, settings)
-        self._state = [bucket.master for bucket in self.buckets]
-        self._state += [tensor for state in self._optimizer.state.values() for tensor in state.values()]
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        groups: ProcessGroups,
+        settings: OptimizerSettings,
+        kernels: Kernels | None = None,
+    ) -> None:
+        super().__init__(chunks, groups, settings, kernels)
+        self._state = self.update.tensors()
         self._kept = [torch.empty_like(tensor) for tensor in self._state]
         self._update_to_validate: SpeculativeUpdate | None = None
         self._device = self.buckets[0].main_grad.device
@@ -74,11 +80,12 @@ class PostValidatedZero(NativeZero):
         """
         assert self._update_to_validate is None, "the last update was not validated"
         self.reduce_gradients()
+        self._gathers.finish()
         stage_totals = all_reduce(all_reduce(self._local_totals(sums), self.groups.data), self.groups.tp)
         for kept, tensor in zip(self._kept, self._state, strict=True):
             kept.copy_(tensor)
         zero = torch.zeros((), device=self._device)
-        self._update(learning_rate, norm=zero, skipped=zero)
+        self.update.apply(learning_rate, norm=zero, skipped=zero)
         self._start_gathers()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -128,7 +135,7 @@ class PostValidatedZero(NativeZero):
         super().finish()  # the wrong weights may still be on their way
         for kept, tensor in zip(self._kept, self._state, strict=True):
             tensor.copy_(kept)
-        self._update(update.learning_rate, update.info.norm, update.info.skipped)
+        self.update.apply(update.learning_rate, update.info.norm, update.info.skipped)
         self._start_gathers()
 
     def finish(self) -> None:

@@ -12,6 +12,7 @@ from parallel.collectives import (
     reduce_scatter,
     start_all_gather,
     start_all_reduce,
+    start_narrow_all_reduce,
     start_receive,
     start_reduce_scatter,
     start_send,
@@ -116,6 +117,66 @@ def test_gather_into_and_scatter_out_of_one_buffer(size):
         assert shared
         assert torch.equal(ours, gathered)
         assert torch.equal(mine, total[4 * rank : 4 * rank + 4])
+
+
+def reduce_in_fp32_what_travels_in_bf16(rank, world_size):
+    groups = grid(rank, dp=world_size)
+    gradients = randn(5 * world_size, seed=rank).bfloat16()
+    shard = torch.empty(5)
+    start_reduce_scatter(gradients, groups.data, out=shard)[1].wait()
+    return shard, dict(groups.ledger.sent_bytes)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_wider_result_is_summed_in_its_own_dtype_and_travels_in_the_narrow_one(size):
+    """A sum of bf16 numbers in bf16 would lose digits at each addition."""
+    gradients = [randn(5 * size, seed=rank).bfloat16() for rank in range(size)]
+    exact = torch.stack(gradients).double().sum(0)
+    in_bf16 = sum(gradients[1:], gradients[0])
+    assert (in_bf16.double() - exact).abs().max() > 1e-3, "the sample shows no rounding"
+    for rank, (shard, sent) in enumerate(run_ranks(size, reduce_in_fp32_what_travels_in_bf16)):
+        torch.testing.assert_close(shard.double(), exact[5 * rank : 5 * rank + 5], rtol=1e-6, atol=1e-6)  # fp32
+        assert sent == {("reduce_scatter", "data"): 5 * 2 * (size - 1)}
+
+
+def all_reduce_fp32_in_bf16(rank, world_size):
+    groups = grid(rank, dp=world_size)
+    tensor = randn(3 * world_size, seed=rank)
+    start_narrow_all_reduce(tensor, groups.data, torch.bfloat16).wait()
+    return tensor, dict(groups.ledger.sent_bytes)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_narrow_all_reduce_rounds_what_it_sends_and_nothing_else(size):
+    rounded = torch.stack([randn(3 * size, seed=rank).bfloat16() for rank in range(size)]).double().sum(0)
+    ranks = run_ranks(size, all_reduce_fp32_in_bf16)
+    for tensor, sent in ranks:
+        assert torch.equal(tensor, ranks[0][0]), "all members have the same sums"
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, rounded.float().bfloat16().float())
+        assert sent == {(kind, "data"): 3 * 2 * (size - 1) for kind in ("reduce_scatter", "all_gather")}
+
+
+def count_calls(rank, world_size):
+    """What torch.distributed is asked for by a reduce-scatter."""
+    tp, asked = grid(rank, tp=world_size).tp, []
+    start_messages = dist.batch_isend_irecv
+
+    def call(messages):
+        asked.extend((message.op.__name__, message.tensor.numel()) for message in messages)
+        return start_messages(messages)
+
+    dist.batch_isend_irecv = call
+    for name in ("all_to_all_single", "all_reduce", "reduce_scatter_tensor"):
+        setattr(dist, name, None)
+    reduce_scatter(torch.ones(6), tp)
+    return asked
+
+
+def test_on_gloo_a_reduce_scatter_moves_its_pieces_once():
+    """gloo's own is a whole all-reduce, of which each rank keeps a part. Its all-to-all sends before it receives, which makes a
+    slow link go one way at a time."""
+    assert run_ranks(2, count_calls) == [[("irecv", 3), ("isend", 3)]] * 2
 
 
 def exchange(rank, world_size):

@@ -11,11 +11,11 @@ from tests.parallel.building import grid
 from tests.ranks import run_ranks
 
 PIPELINE = ("pp_forward", "pp_backward", "pp_forward_down", "pp_backward_up")
-AXIS_NAMES = ("world", *PIPELINE, "dp", "cp", "tp", "data")
+AXIS_NAMES = ("world", *PIPELINE, "dp", "cp", "tp", "data", "shard", "copies")
 
 
-def describe_axes(rank, world_size, sizes, replica_groups):
-    groups = grid(rank, replica_groups, **sizes)
+def describe_axes(rank, world_size, sizes, replica_groups, shard_group_size=0):
+    groups = grid(rank, replica_groups, shard_group_size, **sizes)
     axes = {name: getattr(groups, name) for name in AXIS_NAMES} | dict(groups.replicas)
     sums = {name: all_reduce(torch.tensor([2.0**rank]), axis).item() for name, axis in axes.items()}
     return {name: (axis.rank, axis.size, axis.ranks, axis.group is None, sums[name]) for name, axis in axes.items()}
@@ -26,7 +26,8 @@ def test_each_axis_joins_the_ranks_that_the_topology_says(sizes):
     topology = Topology(**sizes)
     names = {name: name for name in ("dp", "cp", "tp")} | {name: "pp" for name in PIPELINE}
     expected = {name: topology.groups(axis) for name, axis in names.items()}
-    expected |= {"world": [tuple(range(4))], "data": topology.groups("dp", "cp")}
+    expected |= {"world": [tuple(range(4))], "data": topology.groups("dp", "cp"), "shard": topology.groups("dp", "cp")}
+    expected["copies"] = [(rank,) for rank in range(4)]
     for rank, axes in enumerate(run_ranks(4, describe_axes, sizes, {})):
         for name, groups in expected.items():
             (mine,) = (group for group in groups if rank in group)
@@ -39,6 +40,24 @@ def test_a_replica_axis_joins_its_groups_and_is_single_for_the_others():
     assert [axes["kv"][:3] for axes in ranks] == [(0, 2, (0, 1)), (1, 2, (0, 1)), (0, 2, (2, 3)), (1, 2, (2, 3))]
     assert [axes["ends"][:3] for axes in ranks] == [(0, 2, (0, 3)), (0, 1, (1,)), (0, 1, (2,)), (1, 2, (0, 3))]
     assert [axes["ends"][4] for axes in ranks] == [9.0, 2.0, 4.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shard_group_size", "shards", "copies"),
+    [
+        ({"dp": 4}, 2, [(0, 1), (2, 3)], [(0, 2), (1, 3)]),
+        ({"dp": 4}, 1, [(0,), (1,), (2,), (3,)], [(0, 1, 2, 3)]),
+        ({"dp": 4}, 4, [(0, 1, 2, 3)], [(0,), (1,), (2,), (3,)]),
+        ({"dp": 4, "tp": 2}, 2, [(0, 2), (1, 3), (4, 6), (5, 7)], [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ({"dp": 2, "cp": 2}, 1, [(0, 1), (2, 3)], [(0, 2), (1, 3)]),  # all context ranks of a dp rank share its copy
+    ],
+)
+def test_shard_groups_are_runs_of_data_ranks_and_copies_join_the_same_shard(sizes, shard_group_size, shards, copies):
+    world_size = Topology(**sizes).world_size
+    for rank, axes in enumerate(run_ranks(world_size, describe_axes, sizes, {}, shard_group_size)):
+        for name, groups in (("shard", shards), ("copies", copies)):
+            (mine,) = (group for group in groups if rank in group)
+            assert axes[name] == (mine.index(rank), len(mine), mine, len(mine) == 1, sum(2.0**member for member in mine)), name
 
 
 def look_up_axes(rank, world_size):

@@ -55,9 +55,10 @@ class Net(nn.Module):
         self.head = ColumnParallelLinear(made["table"], tp, False, kernels)
         self.tp = tp
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor, feed_forward: bool = True) -> Tensor:
         x = self.embedding(tokens)
-        x = x + self.down(self.up(self.norm(x)).relu())
+        if feed_forward:
+            x = x + self.down(self.up(self.norm(x)).relu())
         return vocabulary_parallel_cross_entropy(self.head(x), targets, VOCABULARY, self.tp).sum()
 
     def named(self) -> dict[str, nn.Parameter]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from parallel.groups import Axis
 from parallel.ledger import Ledger
 from parallel.shards import Box, Replica, Segment, Shard
-from parallel.zero.buckets import ALIGNMENT, make_buckets
+from parallel.zero.buckets import ALIGNMENT, Bucket, Sharding, make_buckets
 from parallel.zero.engine import OptimizerSettings
 from parallel.zero.native import NativeZero
 from tests.parallel.building import coverage, grid, parameter, randn
@@ -43,8 +43,8 @@ def parameters_of(shards):
 
 def buckets_of(shards, bucket_size, size, rank=0):
     parameters, _ = parameters_of(shards)
-    axis = data_axis(rank, size)
-    return make_buckets(parameters, bucket_size, axis, axis), parameters
+    sharding = Sharding(data_axis(rank, size), Axis.single("copies"))
+    return make_buckets(parameters, bucket_size, sharding, Bucket.start_reduction), parameters
 
 
 layouts = (shards(), st.integers(1, 500), st.integers(1, 64))
@@ -108,23 +108,12 @@ def test_the_pieces_of_all_ranks_are_every_element_once_and_where_they_say(shard
     for rank in range(size):
         for bucket in buckets_of(shards, bucket_size, size, rank)[0]:
             assert bucket.stop - bucket.start == bucket.size // size and bucket.start == rank * (bucket.size // size)
-            assert bucket.master.numel() == bucket.master_grad.numel() == bucket.size // size
+            assert bucket.local_weights.numel() == bucket.master_grad.numel() == bucket.size // size
             for piece, place in bucket.pieces():
-                values = bucket.master[place].view(piece.box.shape)
+                values = bucket.local_weights[place].view(piece.box.shape)
                 assert torch.equal(values, full[piece.segment.name][piece.box.slices()])
                 found.append((piece.segment.name, piece.box, values))
     assert all((count == 1).all() for count in coverage(found, full).values())
-
-
-def test_the_master_of_bf16_weights_is_an_fp32_copy_and_of_fp32_weights_the_weights_themselves():
-    for dtype in (torch.bfloat16, torch.float32):
-        parameters = list(Net(dtype).parameters())
-        axis = data_axis(1, 2)
-        for bucket in make_buckets(parameters, 100, axis, axis):
-            local = bucket.weights[bucket.start : bucket.stop]
-            assert bucket.weights.dtype == dtype and bucket.master.dtype == torch.float32
-            assert torch.equal(bucket.master, local.float())
-            assert (bucket.master.data_ptr() == local.data_ptr()) == (dtype == torch.float32)
 
 
 def train_and_look_at_padding(rank, world_size):

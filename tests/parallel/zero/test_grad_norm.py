@@ -43,7 +43,7 @@ def reduce_and_measure(rank, world_size, tp_size, stage):
         p.sink.main_grad.copy_(randn(*p.shape, seed=10 * rank + index))
         own += parts(p.shard, p.sink.main_grad)
     engine.reduce_gradients()
-    squared = local_squared_norm(engine.buckets, engine.data_copies)
+    squared = local_squared_norm(engine.buckets, engine.copies_axis.size)
     total = all_reduce(squared[None], groups.world).item()
     return own, total, box_parts(engine.gradient_boxes())
 

@@ -56,13 +56,13 @@ def reference(settings, data_size, steps=tuple(range(STEPS))):
     return {name: p.detach() for name, p in named.items()}, norms, moments
 
 
-def train(rank, world_size, settings):
+def train(rank, world_size, settings, shard_group_size=0):
     net = Net()
-    groups = grid(rank, dp=world_size)
+    groups = grid(rank, shard_group_size=shard_group_size, dp=world_size)
     engine = NativeZero([net], groups, settings)
     norms = [train_step(net, engine, step, rank, LEARNING_RATE).norm.item() for step in range(STEPS)]
     engine.finish()
-    state = sum(v.numel() for s in engine._optimizer.state.values() for name, v in s.items() if name != "step")
+    state = sum(flat.numel() for kind in engine.update.moment_names for flat in engine.update.read(kind))
     return {
         "norms": norms,
         "parameters": {name: p.detach().clone() for name, p in net.named().items()},
@@ -76,7 +76,7 @@ def train(rank, world_size, settings):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("base", [ADAMW, SGD], ids=["adamw", "sgd"])
 def test_training_is_torchs_on_the_whole_parameters(base, stage, size):
     """Weights, norms and moments; in stage 1 each rank has its part of them; what is written is everything, once."""
@@ -89,7 +89,7 @@ def test_training_is_torchs_on_the_whole_parameters(base, stage, size):
         torch.testing.assert_close(rank["parameters"], weights, **TOLERANCE)
         assert all(torch.equal(p, ranks[0]["parameters"][name]) for name, p in rank["parameters"].items())
         adam = base.algorithm == "adamw"
-        assert rank["steps"] == (STEPS if adam else 0)
+        assert rank["steps"] == STEPS
         assert rank["state"] == (2 * rank["bucket sizes"] // (size if stage else 1) if adam else 0)
     for what, right in (("written weights", weights), ("written moments", moments)):
         written = [part for rank in ranks for part in rank[what]]
@@ -99,6 +99,21 @@ def test_training_is_torchs_on_the_whole_parameters(base, stage, size):
     assert all((count == (1 if stage else size)).all() for count in held.values())
     if stage == 0:
         assert all(not rank["written weights"] for rank in ranks[1:])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_optimizer_that_is_sharded_over_some_of_the_ranks_is_the_same_and_written_once(stage):
+    weights, norms, moments = reference(ADAMW, 4)
+    ranks = run_ranks(4, train, settings_of(ADAMW, zero_stage=stage), 2)
+    for number, rank in enumerate(ranks):
+        assert rank["norms"] == pytest.approx(norms, rel=1e-5) and rank["norms"] == ranks[0]["norms"]
+        assert all(torch.equal(p, ranks[0]["parameters"][name]) for name, p in rank["parameters"].items())
+        torch.testing.assert_close(rank["parameters"], weights, **TOLERANCE)
+        assert rank["state"] == 2 * rank["bucket sizes"] // 2
+        assert bool(rank["written weights"]) == bool(rank["written moments"]) == (number < 2), "one copy is written"
+    written = [part for rank in ranks for part in rank["written moments"]]
+    assert all((count == 1).all() for count in coverage(written, moments).values())
+    torch.testing.assert_close(sum_of_parts(written, moments), moments, **TOLERANCE)
 
 
 def test_without_clipping_nothing_is_scaled():
@@ -122,7 +137,7 @@ def train_in_bf16(rank, world_size):
     for step in range(STEPS):
         train_step(net, engine, step, rank, 1e-4)  # updates below a bf16 step: only the master can hold them
     engine.finish()
-    rounded = all(torch.equal(b.weights[b.start : b.stop], b.master.bfloat16()) for b in engine.buckets)
+    rounded = all(torch.equal(s.bucket.local_weights, s.read("master").bfloat16()) for s in engine.update.shards)
     return rounded, start, box_parts(engine.weight_boxes(write=True)), {n: p.detach() for n, p in net.named().items()}
 
 
@@ -158,8 +173,7 @@ def train_with_one_bad_step(rank, world_size, settings, bad):
     return skipped, steps, info.sums.tolist(), {name: p.detach().clone() for name, p in net.named().items()}
 
 
-@pytest.mark.parametrize("bad", ["inf", "nan", "sum"])
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize(("stage", "bad"), [(0, "nan"), (1, "inf"), (1, "nan"), (1, "sum"), (2, "nan")])
 def test_a_step_that_is_not_finite_anywhere_is_skipped_everywhere(stage, bad):
     """Adam's count stands still: the next step is as if the bad one had never been."""
     weights, _, _ = reference(ADAMW, 2, steps=(0, 2))
@@ -170,10 +184,10 @@ def test_a_step_that_is_not_finite_anywhere_is_skipped_everywhere(stage, bad):
         torch.testing.assert_close(parameters, weights, **TOLERANCE)
 
 
-def note_when_reductions_start(rank, world_size, stage):
+def note_when_reductions_start(rank, world_size, settings):
     """Events of one step: F and B of each micro-batch, and the names in each bucket whose reduction starts."""
     net, groups = Net(), grid(rank, dp=world_size)
-    engine = NativeZero([net], groups, settings_of(ADAMW, zero_stage=stage))
+    engine = NativeZero([net], groups, settings)
     events = []
     for bucket in engine.buckets:
 
@@ -192,12 +206,53 @@ def note_when_reductions_start(rank, world_size, stage):
     return events
 
 
+def skip_parts_of_the_net(rank, world_size, settings, skipping):
+    """The gradients of a step in one of whose backward passes two linears and the norm are not used."""
+    net, groups = Net(), grid(rank, dp=world_size)
+    engine = NativeZero([net], groups, settings)
+    engine.begin_step()
+    engine.expect_passes(3)
+    departures = []
+    for index, (tokens, targets) in enumerate(micro_batches(0, rank)):
+        net(tokens, targets, feed_forward=index != skipping).backward()
+        departures.append(sum(bucket.has_left for bucket in engine.buckets))
+    engine.reduce_gradients()
+    return box_parts(engine.gradient_boxes()), departures
+
+
+@pytest.mark.parametrize("skipping", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_parameters_that_a_backward_pass_does_not_use(stage, skipping):
+    """The bucket of the table and the linears does not fill then; in stage 2 it leaves in the middle of a later pass."""
+    net = Net()
+    for data_rank in range(2):
+        for index, (tokens, targets) in enumerate(micro_batches(0, data_rank)):
+            net(tokens, targets, feed_forward=index != skipping).backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in net.named().items()}
+    ranks = run_ranks(2, skip_parts_of_the_net, settings_of(ADAMW, zero_stage=stage, bucket_size=200), skipping)
+    reduced = [part for parts, _ in ranks for part in parts] if stage else ranks[0][0]
+    torch.testing.assert_close(sum_of_parts(reduced, gradients), gradients, **TOLERANCE)
+    assert all(departures == [0, 0, 0] for _, departures in ranks)
+
+
+LEAVE = ["down", "up", "norm", "table"]  # the reverse of their use; the table last, for it waits for its second use
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_buckets_leave_during_the_last_backward_pass_as_they_fill(stage):
     """The bucket of the unused parameter never fills, so it leaves in `step`; each leaves once."""
-    leave = ["down", "up", "norm", "table"]  # the reverse of their use; the table last, for it waits for its second use
-    for events in run_ranks(2, note_when_reductions_start, stage):
-        assert events == ["B0", "B1", *leave, "B2", "end of backward", "unused"]
+    for events in run_ranks(2, note_when_reductions_start, settings_of(ADAMW, zero_stage=stage)):
+        assert events == ["B0", "B1", *LEAVE, "B2", "end of backward", "unused"]
+
+
+def test_in_stage_2_buckets_leave_in_each_backward_pass():
+    for events in run_ranks(2, note_when_reductions_start, settings_of(ADAMW, zero_stage=2)):
+        assert events == [*LEAVE, "B0", *LEAVE, "B1", *LEAVE, "B2", "end of backward", "unused"]
+
+
+def test_without_overlap_buckets_leave_when_all_backward_passes_are_over():
+    for events in run_ranks(2, note_when_reductions_start, settings_of(ADAMW, overlap=False)):
+        assert events == ["B0", "B1", "B2", "end of backward", "down", "up", "table", "unused", "norm"]
 
 
 def test_a_gradient_that_comes_after_its_bucket_has_left_is_noticed():
@@ -247,42 +302,63 @@ def test_a_table_that_two_chunks_share_is_owned_once_and_gathers_start_with_the_
         torch.testing.assert_close(parameters, {name: weights[name] for name in parameters}, **TOLERANCE)
 
 
-def look_at_gathers(rank, world_size):
+def look_at_gathers(rank, world_size, overlap):
+    """The buckets whose weights are on their way: after the step, where each module begins, and after `finish`."""
     net, groups = Net(), grid(rank, dp=world_size)
-    engine = NativeZero([net], groups, ADAMW)
+    engine = NativeZero([net], groups, settings_of(ADAMW, overlap=overlap))
     owner = {p.shard.segments[0].name: bucket for bucket in engine.buckets for p in bucket.parameters}
+
+    def on_their_way():
+        return [name for name, bucket in owner.items() if bucket.gather is not None]
+
     train_step(net, engine, 0, rank, LEARNING_RATE)
-    pending = all(bucket.gather is not None for bucket in engine.buckets)
-    seen = {}
+    seen = [("step", on_their_way())]
     modules = {"table": net.embedding, "norm": net.norm, "up": net.up, "down": net.down}
     for name, module in modules.items():
         original = module.forward
 
         def look(x, name=name, original=original):
-            seen[name] = owner[name].gather is None
+            seen.append((name, on_their_way()))
             return original(x)
 
         module.forward = look
     net(*micro_batches(1, rank)[0])
     engine.finish()
-    return pending, seen, [name for name, bucket in owner.items() if bucket.gather is not None]
+    return [*seen, ("finish", on_their_way())]
 
 
-def test_weights_are_on_their_way_after_a_step_and_waited_for_where_they_are_used():
-    for pending, seen, after_finish in run_ranks(2, look_at_gathers):
-        assert pending
-        assert seen == {"table": True, "norm": True, "up": True, "down": True}
-        assert after_finish == []
+def test_weights_come_two_buckets_ahead_of_the_one_in_use():
+    """They start in the order of the net's parameters, those without weight decay first: norm, unused, table, up, down.
+
+    The net itself waits for its parameter that nothing uses.
+    """
+    for seen in run_ranks(2, look_at_gathers, True):
+        assert seen == [
+            ("step", ["unused", "norm"]),
+            ("table", ["down", "up", "norm"]),
+            ("norm", ["down", "up"]),
+            ("up", ["down"]),
+            ("down", []),
+            ("finish", []),
+        ]
+
+
+def test_without_overlap_weights_are_there_after_the_step():
+    for seen in run_ranks(2, look_at_gathers, False):
+        assert all(names == [] for _, names in seen)
 
 
 def load_and_publish(rank, world_size, stage):
-    """Fill the master shards as a checkpoint does, then publish."""
+    """Fill the shards as a checkpoint does."""
     net, groups = Net(torch.bfloat16), grid(rank, dp=world_size)
     engine = NativeZero([net], groups, settings_of(ADAMW, zero_stage=stage))
-    for box in engine.weight_boxes(write=False):
-        full = torch.arange(float(torch.Size(box.global_shape).numel())).view(box.global_shape)
-        box.tensor.copy_(full[box.box.slices()])
-    engine.publish_weights()
+
+    def fill(boxes):
+        for box in boxes:
+            full = torch.arange(float(torch.Size(box.global_shape).numel())).view(box.global_shape)
+            box.tensor.copy_(full[box.box.slices()])
+
+    engine.load(fill)
     engine.optimizer_steps = 12
     expected = {n: torch.arange(float(p.numel())).view(p.shape).bfloat16() for n, p in net.named().items()}
     return all(torch.equal(p, expected[n]) for n, p in net.named().items()), engine.optimizer_steps

@@ -7,17 +7,19 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from parallel.groups import Axis
+from parallel.kernels.optimizer_kernels import ROW
 from parallel.shards import Box, Segment, Shard
 from parallel.tensor.parameter import ShardedParameter
-from parallel.zero.buckets import make_buckets
-from parallel.zero.grad_norm import ROW, local_squared_norm
+from parallel.zero.buckets import Bucket, Sharding, make_buckets
+from parallel.zero.grad_norm import local_squared_norm
 
 
 def bucket_of(size):
     """One bucket of `size` elements, with gradients of about 1e-3."""
     shard = Shard((size,), (Segment("w", (size,), Box.whole((size,)), Box.whole((size,))),))
-    axis = Axis.single("data")
-    (bucket,) = make_buckets([ShardedParameter(shard, torch.float32, torch.device("cpu"))], size, axis, axis)
+    parameters = [ShardedParameter(shard, torch.float32, torch.device("cpu"))]
+    sharding = Sharding(Axis.single("shard"), Axis.single("copies"))
+    (bucket,) = make_buckets(parameters, size, sharding, Bucket.start_reduction)
     generator = torch.Generator().manual_seed(0)
     bucket.main_grad[:size].copy_(torch.randn(size, generator=generator) * 1e-3)
     return bucket
