@@ -1,64 +1,89 @@
 """Cross entropy of logits that are split over the vocabulary.
 
-Legend: s sequence, b micro-batch, v vocabulary; /tp = split over tensor ranks.
+Legend: s sequence, b micro-batch, t tokens, v vocabulary; /tp = split over tensor ranks.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from parallel.collectives import all_reduce
+from parallel.collectives import all_gather
 from parallel.groups import Axis
+from parallel.kernels.cross_entropy_kernels import BLOCKED, CrossEntropyKernels
+
+
+def _local_columns(columns: int, vocabulary: int, tp: Axis) -> tuple[int, int]:
+    """The token id of this rank's first column, and how many of its columns are no padding."""
+    start = min(tp.rank * columns, vocabulary)
+    return start, min(columns, vocabulary - start)
+
+
+def token_losses(
+    logits: Tensor, targets: Tensor, vocabulary: int, tp: Axis, kernels: CrossEntropyKernels
+) -> tuple[Tensor, Tensor]:  # [t, v/tp], [t] -> [t], [t]
+    """Each token's loss and the logarithm of its sum of exponentials, fp32, the same bits on all ranks.
+
+    One all-gather: each rank's maximum, sum of exponentials below it, and target's logit, [3, t] fp32.
+    """
+    start, real = _local_columns(logits.shape[1], vocabulary, tp)
+    statistics = kernels.statistics(logits[:, :real], targets - start)
+    parts = all_gather(statistics, tp).view(tp.size, 3, -1)
+    top = parts[:, 0].amax(0)
+    log_sum = ((parts[:, 0] - top).exp_() * parts[:, 1]).sum(0).log_().add_(top)
+    return log_sum - parts[:, 2].sum(0), log_sum
+
+
+def logits_to_gradients(
+    logits: Tensor, targets: Tensor, log_sum: Tensor, scale: Tensor, vocabulary: int, tp: Axis, kernels: CrossEntropyKernels
+) -> None:  # [t, v/tp], [t], [t], [t]
+    """Overwrite logits by the gradient of sum(scale * loss), which is 0 in padded columns. Nothing is sent."""
+    start, real = _local_columns(logits.shape[1], vocabulary, tp)
+    kernels.gradient_(logits[:, :real], targets - start, log_sum, scale)
+    logits[:, real:].zero_()
 
 
 class _VocabularyParallelCrossEntropy(torch.autograd.Function):
     """loss = log(sum exp(logits)) - logits[target], in fp32.
 
-    forward: all-reduce(max) [s, b], then one all-reduce(sum) [2, s, b] of (sum of exponentials, target's logit)
-    dgrad:   dlogits = (softmax - onehot(target)) * dloss; the softmax is made again from the saved logits, nothing is sent
+    forward: one all-gather of [3, s, b] statistics
+    dgrad:   dlogits = (softmax - onehot(target)) * dloss, in place of the saved logits; nothing is sent
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor, vocabulary: int, tp: Axis) -> Tensor:
-        local_rows = logits.shape[-1]
-        start = min(tp.rank * local_rows, vocabulary)
-        real = min(local_rows, vocabulary - start)  # columns beyond are padding
-        values = logits[..., :real].float()  # fp32: the loss and its softmax
-        top = values.amax(-1) if real else values.new_full(targets.shape, float("-inf"))
-        all_reduce(top, tp, dist.ReduceOp.MAX)
-        local = targets - start
-        outside = (local < 0) | (local >= real)
-        local = local.masked_fill(outside, 0)
-        target_logit = torch.zeros_like(top)
-        if real:
-            target_logit = values.gather(-1, local[..., None])[..., 0].masked_fill(outside, 0.0)
-        sums = torch.stack([(values - top[..., None]).exp_().sum(-1), target_logit])
-        all_reduce(sums, tp)
-        log_sum = sums[0].log() + top
-        ctx.save_for_backward(logits, log_sum, local, outside)
-        ctx.real = real
-        return log_sum - sums[1]
+    def forward(
+        ctx: FunctionCtx, logits: Tensor, targets: Tensor, vocabulary: int, tp: Axis, kernels: CrossEntropyKernels
+    ) -> Tensor:
+        losses, log_sum = token_losses(logits.flatten(0, -2), targets.flatten(), vocabulary, tp, kernels)
+        ctx.save_for_backward(logits, targets, log_sum)
+        ctx.vocabulary, ctx.tp, ctx.kernels = vocabulary, tp, kernels
+        return losses.view(targets.shape)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, log_sum, local, outside = ctx.saved_tensors
-        real = ctx.real
-        if not real:
-            return torch.zeros_like(logits), None, None, None
-        softmax = (logits[..., :real].float() - log_sum[..., None]).exp_()
-        softmax.scatter_add_(-1, local[..., None], -(~outside)[..., None].to(softmax.dtype))
-        dlogits = softmax.mul_(dloss[..., None]).to(logits.dtype)
-        padding = logits.shape[-1] - real
-        return F.pad(dlogits, (0, padding)) if padding else dlogits, None, None, None
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets, log_sum = ctx.saved_tensors
+        dlogits = logits.detach()
+        rows, columns = dlogits.flatten(0, -2), targets.flatten()
+        logits_to_gradients(rows, columns, log_sum, dloss.flatten(), ctx.vocabulary, ctx.tp, ctx.kernels)
+        return dlogits, None, None, None, None
 
 
-def vocabulary_parallel_cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int, tp: Axis) -> Tensor:
+def vocabulary_parallel_cross_entropy(
+    logits: Tensor, targets: Tensor, vocabulary: int, tp: Axis, kernels: CrossEntropyKernels = BLOCKED
+) -> Tensor:
     """Loss of each token: logits [s, b, v/tp], targets [s, b] (ids below `vocabulary`) -> [s, b] fp32, equal on all ranks.
 
-    Logits of padded vocabulary rows are ignored and get a zero gradient.
+    Logits (contiguous) of padded vocabulary rows are ignored and get a zero gradient. The backward pass overwrites logits by
+    their gradient, so nobody else may use them there; autograd raises an error where somebody else kept them.
     """
-    return _VocabularyParallelCrossEntropy.apply(logits, targets, vocabulary, tp)
+    assert logits.is_contiguous()
+    return _VocabularyParallelCrossEntropy.apply(logits, targets, vocabulary, tp, kernels)
+
+
+def triton_cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int, tp: Axis) -> Tensor:
+    """The same by our Triton kernels."""
+    from parallel.kernels.triton_cross_entropy import FUSED  # needs the package triton
+
+    return vocabulary_parallel_cross_entropy(logits, targets, vocabulary, tp, FUSED)

@@ -44,7 +44,7 @@ def _add_rows(target: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:  # [v/tp,
 
 
 class _LookupWeightGradient(WeightGradient):
-    """wgrad of a lookup: dW[tokens] += dy, in fp32, in the engine's main gradient where there is one: no dense [v/tp, h]
+    """wgrad of a lookup: dW[tokens] += dy, in the engine's main gradient and its dtype where there is one: no dense [v/tp, h]
     gradient is made then."""
 
     def __init__(self, weight: ShardedParameter, tokens: Tensor, dy: Tensor) -> None:
@@ -53,7 +53,8 @@ class _LookupWeightGradient(WeightGradient):
     def compute(self) -> Tensor | None:
         if self.weight.sink is None:
             return _add_rows(torch.zeros_like(self.weight), self.tokens, self.dy)
-        _add_rows(self.weight.sink.main_grad, self.tokens, self.dy.float())
+        main_grad = self.weight.sink.main_grad
+        _add_rows(main_grad, self.tokens, self.dy.to(main_grad.dtype))
         self.weight.sink.ready()
         return None
 

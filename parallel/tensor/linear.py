@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from parallel.collectives import Done, Handle, start_all_gather, start_all_reduce, start_reduce_scatter
+from parallel.collectives import Done, Handle
 from parallel.groups import Axis
 from parallel.kernels.table import Kernels
 from parallel.shards import Box, Replica, Segment, Shard
 from parallel.tensor.deferred import WeightGradient, WeightGradientQueue
-from parallel.tensor.mappings import reduce_from_tensor, scatter_sequence
+from parallel.tensor.overlap import Overlap, Product, make_overlap
 from parallel.tensor.parameter import ShardedParameter
 
 
@@ -64,17 +64,19 @@ def row_shard(name: str, inputs: int, outputs: int, tp: Axis) -> Shard:
 class _LinearWeightGradient(WeightGradient):
     """wgrad of a linear: dW = dy^T x.
 
-    x [s/tp, b, i] is gathered over `gather` first where that is not None. dW is added in fp32 to the engine's main gradient
-    where there is one.
+    x [s/tp, b, i] is gathered first where there is a `gather` (that of the rows of all ranks). dW is added in fp32 to the
+    engine's main gradient where there is one.
     """
 
-    def __init__(self, weight: ShardedParameter, x: Tensor, dy: Tensor, gather: Axis | None, kernels: Kernels) -> None:
-        self.weight, self.x, self.dy, self.gather, self.kernels = weight, x, dy, gather, kernels
+    def __init__(
+        self, weight: ShardedParameter, x: Tensor, dy: Tensor, kernels: Kernels, gather: Overlap | None = None
+    ) -> None:
+        self.weight, self.x, self.dy, self.kernels, self.gather = weight, x, dy, kernels, gather
         self.gathered: Handle = Done()
 
     def fetch(self) -> None:
         if self.gather is not None:
-            self.x, self.gathered = start_all_gather(self.x, self.gather)
+            self.x, self.gathered = self.gather.start_gather(self.x)
 
     def compute(self) -> Tensor | None:
         self.gathered.wait()
@@ -92,6 +94,8 @@ class _ColumnLinear(torch.autograd.Function):
     forward: y = all-gather(x) W^T            [s/tp, b, i] -> [s, b, o/tp]     (without sequence parallelism x is [s, b, i])
     dgrad:   dx = reduce-scatter(dy W)        (all-reduce without), behind wgrad; the all-gather of x is behind the dgrad GEMM
     wgrad:   dW = dy^T all-gather(x)          [o/tp, i], left to `queue` while that collects
+
+    `overlap` says how the communication hides.
     """
 
     @staticmethod
@@ -99,70 +103,97 @@ class _ColumnLinear(torch.autograd.Function):
         ctx: FunctionCtx,
         x: Tensor,
         weight: ShardedParameter,
-        tp: Axis,
-        sequence_parallel: bool,
         kernels: Kernels,
+        overlap: Overlap,
         queue: WeightGradientQueue | None,
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.tp, ctx.sequence_parallel, ctx.kernels, ctx.queue = weight, tp, sequence_parallel, kernels, queue
-        if sequence_parallel:
-            x, gather = start_all_gather(x, tp)
-            gather.wait()
-        return kernels.fprop(x, weight)
+        ctx.weight, ctx.kernels, ctx.overlap, ctx.queue = weight, kernels, overlap, queue
+        y, _ = overlap.gather_product(x, Product.fprop(kernels.fprop, weight))
+        return y
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        tp, weight, queue = ctx.tp, ctx.weight, ctx.queue
+        weight, queue = ctx.weight, ctx.queue
         deferred = queue is not None and queue.collecting
-        gradient = _LinearWeightGradient(weight, x, dy, tp if ctx.sequence_parallel else None, ctx.kernels)
+        gradient = _LinearWeightGradient(weight, x, dy, ctx.kernels, ctx.overlap)
         if deferred:
             queue.put(gradient)
         else:
             gradient.fetch()
-        dx = ctx.kernels.dgrad(dy, weight)
-        if ctx.sequence_parallel:
-            dx, reduction = start_reduce_scatter(dx, tp)
-        else:
-            reduction = start_all_reduce(dx, tp)
+        dx, reduction = ctx.overlap.product_sum(dy, Product.dgrad(ctx.kernels.dgrad, weight))
         dw = None if deferred else gradient.compute()
         reduction.wait()
-        return dx, dw, None, None, None, None
+        return dx, dw, None, None, None
 
 
-class _LocalLinear(torch.autograd.Function):
-    """y = x W^T with the weight gradient written to the engine's sink.
+@dataclass
+class _RowUse:
+    """What the two nodes of one use of a row linear share. `dy` is left by the product's backward pass to the weight's."""
 
-    forward: y = x W^T      [s, b, i/tp] -> [s, b, o], partial sums
-    dgrad:   dx = dy W
-    wgrad:   dW = dy^T x    [o, i/tp], left to `queue` while that collects
+    weight: ShardedParameter
+    kernels: Kernels
+    overlap: Overlap
+    queue: WeightGradientQueue | None
+    dy: Tensor | None = None
+
+
+class _RowInput(torch.autograd.Function):
+    """The input of a row linear, kept for the weight gradient.
+
+    A node of its own before the product, so that recomputation that has made again what was kept ends here, and does not
+    multiply and send for an output that nobody needs.
+
+    forward: y = x                            [s, b, i/tp]
+    wgrad:   dW = all-gather(dy)^T x          [o, i/tp], left to `queue` while that collects
     """
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, weight: ShardedParameter, kernels: Kernels, queue: WeightGradientQueue | None
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: ShardedParameter, use: _RowUse) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.kernels, ctx.queue = weight, kernels, queue
-        return kernels.fprop(x, weight)
+        ctx.use = use
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, dx: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        queue = ctx.queue
-        gradient = _LinearWeightGradient(ctx.weight, x, dy, None, ctx.kernels)
-        dx = ctx.kernels.dgrad(dy, ctx.weight)
-        if queue is not None and queue.collecting:
-            queue.put(gradient)
-            return dx, None, None, None
-        return dx, gradient.compute(), None, None
+        use = ctx.use
+        gradient, use.dy = _LinearWeightGradient(use.weight, x, use.dy, use.kernels), None
+        if use.queue is not None and use.queue.collecting:
+            use.queue.put(gradient)
+            return dx, None, None
+        return dx, gradient.compute(), None
+
+
+class _RowProduct(torch.autograd.Function):
+    """y = reduce-scatter(x W^T) under sequence parallelism, else y = all-reduce(x W^T).
+
+    forward: y = reduce-scatter(x W^T)        [s, b, i/tp] -> [s/tp, b, o]     (without sequence parallelism y is [s, b, o])
+    dgrad:   dx = all-gather(dy) W            (dy is whole without)
+
+    `overlap` says how the communication hides.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, use: _RowUse) -> Tensor:
+        ctx.use = use
+        y, reduction = use.overlap.product_sum(x, Product.fprop(use.kernels.fprop, use.weight))
+        reduction.wait()
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None]:
+        use = ctx.use
+        dx, use.dy = use.overlap.gather_product(dy, Product.dgrad(use.kernels.dgrad, use.weight))
+        return dx, None
 
 
 class ColumnParallelLinear(nn.Module):
     """y = x W^T, W split by rows over `tp`: x [s, b, i] (or [s/tp, b, i] under sequence parallelism) -> [s, b, o/tp].
 
     `queue`: where the weight gradient waits during the I of a split backward pass; None always computes it at once.
+    `overlap`: a mode of `parallel.tensor.overlap`. Raises ConfigError where that cannot be had.
     """
 
     def __init__(
@@ -172,19 +203,21 @@ class ColumnParallelLinear(nn.Module):
         sequence_parallel: bool,
         kernels: Kernels,
         queue: WeightGradientQueue | None = None,
+        overlap: str = "backward",
     ) -> None:
         super().__init__()
         self.weight = weight
         self.tp, self.sequence_parallel, self.kernels, self.queue = tp, sequence_parallel, kernels, queue
+        self.overlap = make_overlap(overlap, tp, sequence_parallel, weight.device)
 
     def forward(self, x: Tensor) -> Tensor:  # [s/tp, b, i] -> [s, b, o/tp]
-        return _ColumnLinear.apply(x, self.weight, self.tp, self.sequence_parallel, self.kernels, self.queue)
+        return _ColumnLinear.apply(x, self.weight, self.kernels, self.overlap, self.queue)
 
 
 class RowParallelLinear(nn.Module):
     """y = x W^T, W split by columns over `tp`: x [s, b, i/tp] -> [s, b, o], or [s/tp, b, o] under sequence parallelism.
 
-    `queue` as in `ColumnParallelLinear`.
+    `queue` and `overlap` as in `ColumnParallelLinear`.
     """
 
     def __init__(
@@ -194,11 +227,13 @@ class RowParallelLinear(nn.Module):
         sequence_parallel: bool,
         kernels: Kernels,
         queue: WeightGradientQueue | None = None,
+        overlap: str = "backward",
     ) -> None:
         super().__init__()
         self.weight = weight
         self.tp, self.sequence_parallel, self.kernels, self.queue = tp, sequence_parallel, kernels, queue
+        self.overlap = make_overlap(overlap, tp, sequence_parallel, weight.device)
 
     def forward(self, x: Tensor) -> Tensor:  # [s, b, i/tp] -> [s/tp, b, o]
-        y = _LocalLinear.apply(x, self.weight, self.kernels, self.queue)
-        return scatter_sequence(y, self.tp) if self.sequence_parallel else reduce_from_tensor(y, self.tp)
+        use = _RowUse(self.weight, self.kernels, self.overlap, self.queue)
+        return _RowProduct.apply(_RowInput.apply(x, self.weight, use), use)

@@ -14,9 +14,13 @@ from parallel.shards import Box, Shard
 
 
 class GradientSink(Protocol):
-    """Where an optimizer engine collects a parameter's gradient: fp32 `main_grad`, and `ready()` once per use in a backward."""
+    """Where an optimizer engine collects a parameter's gradient: `main_grad`, and `ready()` once per use in a backward.
 
-    main_grad: Tensor
+    `main_grad` is fp32, or bf16 on demand. Ask for it at each use: between passes it may not exist.
+    """
+
+    @property
+    def main_grad(self) -> Tensor: ...
 
     def ready(self) -> None: ...
 

@@ -11,7 +11,7 @@ from torch import nn
 from parallel.groups import Axis
 from parallel.kernels.table import resolve_kernels
 from parallel.recompute import recompute
-from parallel.tensor import linear as linear_module
+from parallel.tensor import overlap as overlap_module
 from parallel.tensor.deferred import WeightGradientQueue
 from parallel.tensor.embedding import VocabularyParallelEmbedding, vocabulary_shard
 from parallel.tensor.linear import Column, ColumnParallelLinear, RowParallelLinear, column_shard, row_shard
@@ -149,7 +149,7 @@ def test_between_i_and_w_only_the_queue_is_alive_and_after_w_nothing(size, seque
 def order_of_a_drain(rank, world_size):
     """What W starts, waits for and computes, in order, over three column linears under sequence parallelism."""
     tp = grid(rank, tp=world_size).tp
-    events, start = [], linear_module.start_all_gather
+    events, start = [], overlap_module.start_all_gather
 
     class Watched:
         def __init__(self, handle, number):
@@ -165,7 +165,7 @@ def order_of_a_drain(rank, world_size):
         out, handle = start(*arguments)
         return out, Watched(handle, number)
 
-    linear_module.start_all_gather = watched
+    overlap_module.start_all_gather = watched
     kernels = replace(resolve_kernels(), wgrad=lambda *arguments: events.append("wgrad"))
     queue = WeightGradientQueue()
     layers = []

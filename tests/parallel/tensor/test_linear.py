@@ -12,6 +12,7 @@ from torch import nn
 
 from parallel.groups import Axis
 from parallel.kernels.table import resolve_kernels
+from parallel.recompute import recompute
 from parallel.tensor.linear import Column, ColumnParallelLinear, RowParallelLinear, column_shard, row_shard
 from tests.parallel.building import coverage, grid, parameter, parts, randn, sum_of_parts
 from tests.ranks import run_ranks
@@ -205,7 +206,7 @@ def test_rows_and_columns_that_do_not_split_are_named():
 
 def order_of_a_backward_pass(rank, world_size, sequence_parallel):
     """What a column linear's backward pass starts, waits for and computes, in order."""
-    import parallel.tensor.linear as module
+    import parallel.tensor.overlap as module
 
     events = []
 
@@ -238,6 +239,33 @@ def order_of_a_backward_pass(rank, world_size, sequence_parallel):
     events.clear()
     y.sum().backward()
     return events
+
+
+def products_of_a_recomputed_pair(rank, world_size):
+    """Which products the forward pass makes, and which its recomputation makes again; and what the latter sends."""
+    tp, events = grid(rank, tp=world_size).tp, []
+    kernels = resolve_kernels()
+
+    def fprop(x, weight, out=None):
+        events.append(tuple(weight.shape))
+        return kernels.fprop(x, weight, out)
+
+    column, row = build_pair(tp, True, torch.float32)
+    column.kernels = row.kernels = replace(kernels, fprop=fprop)
+    x = local_sequence(X.float(), tp, True).clone().requires_grad_()
+    y = recompute(lambda x: row(column(x).square()[..., : FFN // tp.size]), x)
+    forward = events[:]
+    events.clear()
+    tp.ledger.clear()
+    y.sum().backward()
+    return forward, events, tp.ledger.calls
+
+
+def test_recomputation_ends_before_the_last_product():
+    """What a row linear keeps is made again; its output is not, nor is the output's sum sent once more."""
+    for forward, again, calls in run_ranks(2, products_of_a_recomputed_pair):
+        assert forward == [(FFN, INPUTS), (OUTPUTS, FFN // 2)] and again == forward[:1]
+        assert calls == {("all_gather", "tp"): 3, ("reduce_scatter", "tp"): 1}  # x again, x for dW, dy; dx
 
 
 def test_communication_of_the_backward_pass_is_behind_the_weight_gradient():
