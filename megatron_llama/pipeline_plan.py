@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_llama.config import ModelConfig, RunConfig, data_parallel_size, micro_batches_per_step
+from megatron_llama.config import ModelConfig, ParallelConfig, RunConfig, data_parallel_size, micro_batches_per_step
 from megatron_llama.flops import layer_parameter_count
 from parallel.pipeline.choice import candidates, choose_schedule, require_fit
 from parallel.pipeline.costs import Costs
@@ -22,7 +22,7 @@ from parallel.pipeline.schedules import SCHEDULES
 AUTO_CHUNKS = (1, 2, 4)
 DEVICE_FLOPS = 150e12  # assumed: about half of an A100's bf16 peak
 LINK_BYTES_PER_SECOND = 25e9  # assumed: 200 Gbit/s
-VALUE_BYTES = {"fp32": 4, "bf16": 2}
+VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GIB = 2**30
 
 
@@ -65,22 +65,51 @@ def stage_layers(config: RunConfig, placement: Placement) -> Sequence[int]:
     return balance_layers(config.model.num_layers, placement, head=head_work(config.model).forward / layer.forward)
 
 
-def layer_activations(config: RunConfig) -> tuple[float, float]:
+def layer_activations(config: RunConfig, recompute: str) -> tuple[float, float]:
     """Bytes that a block keeps for one micro-batch on one rank: from F to its backward pass, and from I to W.
 
-    Kept until the backward pass: the inputs of norms and linears, q, k and v before and after the rotation, gate and up.
-    Kept until W: what linears get, forward and backward.
+    Kept until the backward pass: the inputs of norms and linears, q, k and v before and after the rotation, gate and up (see
+    docs/memory.md for what recomputation leaves of them). Kept until W: what linears get, forward and backward.
     """
     model, parallel = config.model, config.parallel
     hidden = model.hidden_size / (parallel.tp if parallel.sequence_parallel else 1)
     query, key = (heads * model.head_dim / parallel.tp for heads in (model.num_heads, max(model.num_kv_heads, parallel.tp)))
     ffn = model.ffn_hidden_size / parallel.tp
     linears = 2 * hidden + (query + 2 * key) + query + 3 * ffn  # inputs of the four; qkv, gate and up
-    kept = {"none": linears + 2 * hidden + query + key, "selective": linears + 2 * hidden, "full": hidden}
+    softmax = model.num_heads / parallel.tp * VALUE_BYTES["fp32"] / VALUE_BYTES[config.train.dtype]  # its sums
+    kept = {
+        "none": linears + 2 * hidden + query + key + softmax,
+        "selective": linears + 2 * hidden,
+        "linear_outputs": linears - ffn + softmax,  # two inputs of norms instead of their outputs
+        "full": hidden,
+    }
     queued = linears + 2 * model.hidden_size  # output gradients where a row-parallel linear gathers them
     tokens = config.train.micro_batch_size * config.train.sequence_length
     unit = tokens * VALUE_BYTES[config.train.dtype]
-    return kept[parallel.recompute] * unit, queued * unit
+    return kept[recompute] * unit, queued * unit
+
+
+def fully_recomputed(parallel: ParallelConfig, num_layers: int) -> int:
+    """How many of a stage's layers keep their input only."""
+    if parallel.recompute != "full":
+        return 0
+    return min(num_layers, parallel.recompute_layers or num_layers)
+
+
+def stage_activations(config: RunConfig, num_layers: int) -> float:
+    """Bytes that a stage's layers keep on the device for one micro-batch on one rank, from F to its backward pass."""
+    parallel = config.parallel
+    full = fully_recomputed(parallel, num_layers)
+    others = parallel.recompute if parallel.recompute != "full" else "none"
+    modes = ["full"] * full + [others] * (num_layers - full)
+    return sum(layer_activations(config, mode)[0] for mode in modes[parallel.offload_layers :])
+
+
+def memory_settings(parallel: ParallelConfig) -> str:
+    """What becomes of activations, in words."""
+    layers = f" in the first {parallel.recompute_layers} layers of a stage" if parallel.recompute_layers else ""
+    offloaded = f", the first {parallel.offload_layers} layers of a stage offloaded" if parallel.offload_layers else ""
+    return f"recompute {parallel.recompute}{layers}{offloaded}"
 
 
 def stage_costs(config: RunConfig, placement: Placement) -> Costs:
@@ -96,10 +125,12 @@ def stage_costs(config: RunConfig, placement: Placement) -> Costs:
         costs[-1] += of_head / second
         return costs
 
-    again = layer.forward if parallel.recompute == "full" else 0.0
-    inputs = seconds(layer.input_backward + again, head.input_backward)
+    again = [fully_recomputed(parallel, count) * layer.forward / second for count in layers]
+    if parallel.recompute == "selective":
+        again = seconds(layer.scores, 0.0)
+    inputs = [i + more for i, more in zip(seconds(layer.input_backward, head.input_backward), again, strict=True)]
     weights = seconds(layer.weight_backward, head.weight_backward)
-    kept, queued = layer_activations(config)
+    _, queued = layer_activations(config, parallel.recompute)
     hidden = model.hidden_size / (parallel.tp if parallel.sequence_parallel else 1)
     return Costs(
         forward=seconds(layer.forward, head.forward),
@@ -107,7 +138,7 @@ def stage_costs(config: RunConfig, placement: Placement) -> Costs:
         input_backward=inputs,
         weight_backward=weights,
         send=hidden * tokens * VALUE_BYTES[train.dtype] / LINK_BYTES_PER_SECOND,
-        activation=[count * kept / GIB for count in layers],
+        activation=[stage_activations(config, count) / GIB for count in layers],
         queued=[count * queued / GIB for count in layers],
     )
 

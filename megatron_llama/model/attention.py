@@ -38,8 +38,8 @@ class Attention(nn.Module):
         inner = model.num_heads * self.head_dim
         wqkv = context.parameter(column_shard(model.hidden_size, columns, tp))
         wo = context.parameter(row_shard(f"layers.{layer}.attention.wo", inner, model.hidden_size, tp))
-        self.wqkv = ColumnParallelLinear(wqkv, tp, context.sequence_parallel, context.kernels, context.queue)
-        self.wo = RowParallelLinear(wo, tp, context.sequence_parallel, context.kernels, context.queue)
+        linear = tp, context.sequence_parallel, context.kernels, context.queue, context.tp_overlap
+        self.wqkv, self.wo = ColumnParallelLinear(wqkv, *linear), RowParallelLinear(wo, *linear)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:  # [s/tp, b, h] -> [s/tp, b, h]
         qkv = self.wqkv(x)  # [s, b, (n + 2k) d/tp]
@@ -48,7 +48,6 @@ class Attention(nn.Module):
 
     def _core(self, qkv: Tensor, places: Places) -> Tensor:  # [s, b, (n + 2k) d/tp] -> [s, b, n d/tp]
         s, b, _ = qkv.shape
-        heads = qkv.view(s, b, -1, self.head_dim)
-        q, k, v = heads.split([self.local_heads, self.local_kv_heads, self.local_kv_heads], dim=2)
-        q, k = self.kernels.rope(q, places.cos, places.sin), self.kernels.rope(k, places.cos, places.sin)
-        return self.kernels.attention(q, k, v, places.documents).reshape(s, b, -1)
+        kernels = self.kernels
+        q, k, v = kernels.qkv_rope(qkv, places.cos, places.sin, self.local_heads, self.local_kv_heads, kernels.rope)
+        return kernels.attention(q, k, v, places.documents).reshape(s, b, -1)

@@ -30,11 +30,14 @@ class RMSNorm(nn.Module):
 
     def __init__(self, context: ModelContext, name: str) -> None:
         super().__init__()
-        self.eps, self.kernel = context.model.norm_eps, context.kernels.rms_norm
+        self.eps, self.kernels = context.model.norm_eps, context.kernels
         self.weight = context.parameter(replicated_shard(name, (context.model.hidden_size,), context), ones=True)
 
-    def forward(self, x: Tensor) -> Tensor:  # [s/tp, b, h] -> [s/tp, b, h]
-        return self.kernel(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # [s/tp, b, h] each
+        """The norm of x; with a `residual`, residual + x and the norm of that. One entrance: engines wait there for weights."""
+        if residual is None:
+            return self.kernels.rms_norm(x, self.weight, self.eps)
+        return self.kernels.add_rms_norm(residual, x, self.weight, self.eps)
 
 
 class Block(nn.Module):
@@ -48,5 +51,5 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(context, layer)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:  # [s/tp, b, h] -> [s/tp, b, h]
-        x = x + self.attention(self.attention_norm(x), places)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x, normed = self.ffn_norm(self.attention(self.attention_norm(x), places), x)
+        return x + self.feed_forward(normed)

@@ -18,17 +18,22 @@ from parallel.tensor.parameter import ShardedParameter, initialize_normal
 class ModelContext:
     """The surroundings of a layer. `seed` None leaves weights at zero (they are about to be loaded).
 
-    `queue` is that of the stage that the layer belongs to.
+    `block_kernels`, where given, are the kernels of the blocks; embedding, last norm and head have `kernels`. `queue` is that
+    of the stage that the layer belongs to.
     """
 
     model: ModelConfig
     groups: ProcessGroups
     kernels: Kernels
+    block_kernels: Kernels | None = None
     sequence_parallel: bool = False
     recompute: str = "none"
+    recompute_layers: int = 0
+    offload_layers: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     seed: int | None = 0
+    tp_overlap: str = "backward"
     queue: WeightGradientQueue | None = None
 
     def parameter(self, shard: Shard, ones: bool = False) -> ShardedParameter:

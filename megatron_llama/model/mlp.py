@@ -23,8 +23,8 @@ class FeedForward(nn.Module):
         columns = [Column(f"{name}.w1", model.ffn_hidden_size), Column(f"{name}.w3", model.ffn_hidden_size)]
         w13 = context.parameter(column_shard(model.hidden_size, columns, tp))
         w2 = context.parameter(row_shard(f"{name}.w2", model.ffn_hidden_size, model.hidden_size, tp))
-        self.w13 = ColumnParallelLinear(w13, tp, context.sequence_parallel, context.kernels, context.queue)
-        self.w2 = RowParallelLinear(w2, tp, context.sequence_parallel, context.kernels, context.queue)
+        linear = tp, context.sequence_parallel, context.kernels, context.queue, context.tp_overlap
+        self.w13, self.w2 = ColumnParallelLinear(w13, *linear), RowParallelLinear(w2, *linear)
 
     def forward(self, x: Tensor) -> Tensor:  # [s/tp, b, h] -> [s/tp, b, h]
         gate_up = self.w13(x)  # [s, b, 2f/tp]

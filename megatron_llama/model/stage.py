@@ -10,16 +10,15 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from megatron_llama.data.loader import MicroBatch
+from megatron_llama.model.activations import Activations
 from megatron_llama.model.block import Block, RMSNorm
 from megatron_llama.model.build import ModelContext
 from megatron_llama.model.rope import Places, inverse_frequencies, rope_tables
 from parallel.pipeline.layout import Placement
-from parallel.recompute import recompute
 from parallel.shards import Replica
-from parallel.tensor.cross_entropy import vocabulary_parallel_cross_entropy
 from parallel.tensor.deferred import WeightGradientQueue
 from parallel.tensor.embedding import VocabularyParallelEmbedding, vocabulary_shard
-from parallel.tensor.linear import ColumnParallelLinear
+from parallel.tensor.head_loss import VocabularyParallelHead
 from parallel.tensor.parameter import ShardedParameter
 
 EMBEDDING, HEAD = "tok_embeddings", "output"
@@ -48,7 +47,9 @@ class Stage(nn.Module):
             queue = context.queue if is_last and model.tie_embeddings else None
             self.embedding = VocabularyParallelEmbedding(table, tp, context.sequence_parallel, queue)
         self.frequencies = inverse_frequencies(model).to(context.device)
-        self.blocks = nn.ModuleDict({str(layer): Block(context, layer) for layer in layers})
+        self.activations = Activations(context)
+        block_context = replace(context, kernels=self.activations.kernels(context.block_kernels or context.kernels))
+        self.blocks = nn.ModuleDict({str(layer): Block(block_context, layer) for layer in layers})
         if is_last:
             self.norm = RMSNorm(context, "norm")
             if model.tie_embeddings and table is not None:
@@ -56,7 +57,9 @@ class Stage(nn.Module):
                 weight.shard = replace(weight.shard, uses=2)
             else:
                 weight = self._vocabulary_parameter(EMBEDDING if model.tie_embeddings else HEAD, copy=1)
-            self.head = ColumnParallelLinear(weight, tp, context.sequence_parallel, context.kernels, context.queue)
+            self.head = VocabularyParallelHead(
+                weight, model.vocab_size, tp, context.sequence_parallel, context.kernels, context.queue, context.tp_overlap
+            )
 
     def _vocabulary_parameter(self, name: str, copy: int) -> ShardedParameter:
         """The embedding's or the head's weight [v/tp, h]. A tied one has a copy on the first and on the last stage."""
@@ -72,19 +75,8 @@ class Stage(nn.Module):
             x = self.embedding(micro_batch.tokens)
         assert x is not None
         places = Places(*rope_tables(self.frequencies, micro_batch.positions), micro_batch.documents)
-        for block in self.blocks.values():
-            keep_input_only = self.context.recompute == "full" and self.training
-            x = recompute(block, x, places) if keep_input_only else block(x, places)
-        return self._loss(x, micro_batch) if self.is_last else x
-
-    def _loss(self, x: Tensor, micro_batch: MicroBatch) -> Tensor:  # [s/tp, b, h] -> [], or logits [s, b, v/tp]
-        logits = self.head(self.norm(x))
-        if micro_batch.targets is None:
-            return logits
-        losses = vocabulary_parallel_cross_entropy(
-            logits, micro_batch.targets, self.context.model.vocab_size, self.context.groups.tp
-        )
-        return (losses * micro_batch.loss_mask).sum()  # fp32
+        x = self.activations.run(self.blocks.values(), x, places)
+        return self.head(self.norm(x), micro_batch.targets, micro_batch.loss_mask) if self.is_last else x
 
 
 def build_chunks(context: ModelContext, placement: Placement, layers: list[range]) -> list[Stage]:
