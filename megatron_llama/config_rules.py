@@ -7,6 +7,7 @@ processes, `validate_training` what a training run needs besides. `validate` is 
 import dataclasses
 from collections.abc import Callable, Iterable
 
+from megatron_llama import config_rules_memory, config_rules_precision, config_rules_zero
 from megatron_llama.config_sections import (
     ModelConfig,
     RunConfig,
@@ -19,23 +20,11 @@ from parallel.errors import ConfigError
 
 WAITING = (
     "parallel.cp",
-    "parallel.tp_overlap",
-    "parallel.recompute_layers",
-    "parallel.offload_layers",
-    "zero.engine",
-    "zero.shard_group_size",
-    "zero.overlap",
-    "zero.gradient_dtype",
-    "zero.reduce_dtype",
-    "zero.offload",
     "zero.offload_directory",
-    "zero.deepspeed_config",
-    "optimizer.moment_dtype",
-    "optimizer.master_weights",
-    "train.float8",
-    "train.compile",
     "train.cuda_graphs",
 )
+
+FURTHER = (*config_rules_memory.RULES, *config_rules_precision.RULES, config_rules_zero.engine_supports)
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -53,16 +42,18 @@ def validate_model(config: RunConfig) -> None:
 
 def validate_layout(config: RunConfig, world_size: int) -> None:
     """Checks that the model can be split over `world_size` processes as asked. Raises ConfigError."""
-    for rule in (_landed, _tensor_parallel, _stages, _layers_per_stage, _sequence_split):
+    for rule in (_landed, _tensor_parallel, _tp_overlap, _stages, _layers_per_stage, _sequence_split):
         rule(config)
     _world_size(config, world_size)
+    _shard_groups(config, world_size)
 
 
 def validate_training(config: RunConfig, world_size: int) -> None:
     """Checks data, batch, length and optimizer of a training run. Raises ConfigError."""
-    for rule in (_training_data, _length, _optimizer, _post_validation, _evaluation):
+    for rule in (_training_data, _length, _optimizer, _gradients, _post_validation, _evaluation, *FURTHER):
         rule(config)
     _batch(config, world_size)
+    config_rules_zero.deepspeed_file(config, world_size)
 
 
 def _field_limits(config: RunConfig) -> None:
@@ -117,12 +108,6 @@ def _landed(config: RunConfig) -> None:
         found, needed = (getattr(getattr(values, section), name) for values in (config, defaults))
         if found != needed:
             raise ConfigError(f"{dotted} = {found} has not landed; set --{dotted} to {needed}")
-    if config.zero.stage > 1:
-        raise ConfigError(f"zero.stage = {config.zero.stage}: only 0 and 1 have landed; set --zero.stage to 1")
-    if config.train.dtype == "fp16":
-        raise ConfigError("train.dtype = fp16 has not landed; set --train.dtype to bf16")
-    if config.parallel.recompute == "linear_outputs":
-        raise ConfigError("parallel.recompute = linear_outputs has not landed; set --parallel.recompute to selective")
 
 
 def _tensor_parallel(config: RunConfig) -> None:
@@ -140,6 +125,19 @@ def _tp_fits(model: ModelConfig, tp: int) -> bool:
     kv_heads = model.num_kv_heads
     divides = model.num_heads % tp == 0 and model.ffn_hidden_size % tp == 0
     return divides and (kv_heads % tp == 0 or tp % kv_heads == 0)
+
+
+def _tp_overlap(config: RunConfig) -> None:
+    parallel, train = config.parallel, config.train
+    if parallel.tp_overlap != "async" or parallel.tp == 1:
+        return
+    reason = ""
+    if not parallel.sequence_parallel:
+        reason = "torch's fused operators are for sequence parallelism, and parallel.sequence_parallel = false"
+    elif train.device == "cpu":
+        reason = "it needs GPUs joined by NVLink, and train.device = cpu"
+    if reason:
+        raise ConfigError(f"parallel.tp_overlap = async cannot be had: {reason}; set --parallel.tp_overlap chunks")
 
 
 def _stages(config: RunConfig) -> None:
@@ -201,6 +199,29 @@ def _batch(config: RunConfig, world_size: int) -> None:
             f"train.global_batch_size must be a multiple of train.micro_batch_size x data-parallel size: {batch} over "
             f"{micro} x {dp} = {unit}; set --train.global_batch_size to "
             f"{_either([size for size in (below, below + unit) if size])}"
+        )
+
+
+def _shard_groups(config: RunConfig, world_size: int) -> None:
+    size, dp = config.zero.shard_group_size, data_parallel_size(config, world_size)
+    if size and dp % size:
+        fitting = _around(size, range(1, dp + 1), lambda group: dp % group == 0)
+        raise ConfigError(
+            f"zero.shard_group_size must divide the data-parallel size: {size} over {dp}; "
+            f"set --zero.shard_group_size to {_either(fitting)}, or to 0 to shard over all of them"
+        )
+    if size and config.zero.stage == 0:
+        raise ConfigError(
+            f"zero.shard_group_size = {size} says which ranks share an optimizer, and in zero.stage = 0 none do; "
+            "set --zero.stage 1, or --zero.shard_group_size 0"
+        )
+
+
+def _gradients(config: RunConfig) -> None:
+    if config.zero.gradient_dtype == "bf16" and config.train.dtype != "bf16":
+        raise ConfigError(
+            f"zero.gradient_dtype = bf16 needs train.dtype = bf16, which is {config.train.dtype}; "
+            "set --zero.gradient_dtype fp32"
         )
 
 

@@ -121,13 +121,19 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """One implementation per operation: "auto", or the name of a backend."""
+    """One implementation per operation: "auto", or the name of a provider (python -m parallel.kernels lists them)."""
 
-    rms_norm: str = setting("auto", "backend of RMSNorm")
-    rope: str = setting("auto", "backend of the rotary embedding")
-    swiglu: str = setting("auto", "backend of SwiGLU")
-    attention: str = setting("auto", "backend of attention")
-    wgrad: str = setting("auto", "backend of weight-gradient accumulation")
+    rms_norm: str = setting("auto", "provider of RMSNorm")
+    add_rms_norm: str = setting("auto", "provider of RMSNorm after a residual addition")
+    rope: str = setting("auto", "provider of the rotary embedding")
+    qkv_rope: str = setting("auto", "provider that splits, rotates and lays out the fused q, k and v; or by rope")
+    swiglu: str = setting("auto", "provider of SwiGLU")
+    attention: str = setting("auto", "provider of attention")
+    wgrad: str = setting("auto", "provider of weight-gradient accumulation")
+    cross_entropy: str = setting("auto", "provider of the loss of whole logits")
+    head_loss: str = setting("auto", "provider of the loss of logits too large to be whole")
+    adamw: str = setting("auto", "provider of AdamW over shards")
+    l2_norm: str = setting("auto", "provider of the gradient norm over shards")
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ class TrainConfig:
     loss_scale: float = setting(65536.0, "fp16: what the loss is multiplied by at first", minimum=1.0)
     loss_scale_window: int = setting(1000, "fp16: finite steps until the scale is doubled", minimum=1)
     float8: str = setting("none", "linears in float8, scaled per", choices=("none", "tensorwise", "rowwise"))
-    compile: bool = setting(False, "torch.compile each block")
+    compile: bool = setting(False, "torch.compile what lies between a block's linears and attention")
     cuda_graphs: bool = setting(False, "replay each micro-batch's kernels from a CUDA graph")
     device: str = setting("auto", "where to run; auto takes CUDA if there is any", choices=("auto", "cpu", "cuda"))
     evaluate_every: int = setting(0, "steps between held-out evaluations; 0 is off", minimum=0)

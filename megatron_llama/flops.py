@@ -82,10 +82,10 @@ def flops_per_token(model: ModelConfig, sequence_length: int, attention: Literal
 def dense_peak_flops(device_name: str, dtype: str = "bf16") -> float | None:
     """Dense peak in FLOP/s of the device that torch calls `device_name`, or None where it is not known.
 
-    Only bf16 is tabulated; a partition of a device (MIG) has no published peak of its own.
+    Only that of bf16 is tabulated, which fp16 shares; a partition of a device (MIG) has no published peak of its own.
     """
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
-    if dtype != "bf16" or "MIG" in words:
+    if dtype not in ("bf16", "fp16") or "MIG" in words:
         return None
     return next((peak for names, peak in DENSE_BF16_PEAKS if words.issuperset(names)), None)
 

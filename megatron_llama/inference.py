@@ -41,8 +41,13 @@ def open_checkpoint(checkpoint: str, overrides: list[str], launch: Launch) -> tu
 
 
 def _fit(config: RunConfig, world_size: int) -> RunConfig:
-    """The stored layout with dp following from the ranks at hand; no model parallelism where it does not fit them."""
+    """The stored layout with dp following from the ranks at hand; no model parallelism where it does not fit them.
+
+    What makes training faster in fixed shapes and on some GPUs only is left off, and there is no optimizer to shard.
+    """
     parallel = replace(config.parallel, dp=0)
     if world_size % (parallel.tp * parallel.pp * parallel.cp):
         parallel = replace(parallel, tp=1, pp=1, cp=1, chunks=1, schedule="1f1b", layers_per_stage="auto")
-    return replace(config, parallel=parallel)
+    train = replace(config.train, float8="none", compile=False, cuda_graphs=False)
+    zero = replace(config.zero, shard_group_size=0)
+    return replace(config, parallel=parallel, train=train, zero=zero)

@@ -25,6 +25,7 @@ class StepRecord:
     been read, the mean over ranks: as all wait for the slowest, one slow rank of n shows as 1/n of its wait; on a GPU it is an
     upper bound, since the device may still have work. The very first batch counts in neither. `mfu` is a share of the devices'
     dense peak (None, and not written, where that is not known); attention counts inside documents where it stays inside them.
+    `loss_scale` is what fp16 training multiplied the loss by (None, and not written, in other numbers).
     """
 
     step: int
@@ -36,6 +37,7 @@ class StepRecord:
     tokens_per_second: float
     data_wait_seconds: float
     mfu: float | None = None
+    loss_scale: float | None = None
 
 
 class MetricsWriter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from parallel.checkpoint.save import GroupVoter, SingleProcess, Voter, save_chec
 from parallel.checkpoint.steps import newest_checkpoint, resolve_checkpoint
 from parallel.errors import CheckpointError
 from parallel.shards import TensorBox
-from parallel.zero.native import NativeZero
+from parallel.zero.engine import Engine
 
 TOKENIZER_FILE = "tokenizer.model"
 
@@ -39,7 +38,7 @@ def voter() -> Voter:
 
 
 def save_state(
-    runtime: Runtime, engine: NativeZero, position: Position, dataset: dict[str, Any], tokenizer: bytes | None
+    runtime: Runtime, engine: Engine, position: Position, dataset: dict[str, Any], tokenizer: bytes | None
 ) -> Path:
     """Save weights, optimizer state and position. All ranks call it together. Raises CheckpointError on all of them."""
     engine.finish()
@@ -47,6 +46,7 @@ def save_state(
     state = {
         "position": dataclasses.asdict(position),
         "optimizer_steps": engine.optimizer_steps,
+        "loss_scale": engine.loss_scale.state if engine.loss_scale is not None else None,
         "config": to_dict(config),
         "world_size": runtime.groups.topology.world_size,
         "dataset": dataset,
@@ -86,16 +86,18 @@ def stored_position(config: RunConfig) -> tuple[Position, dict[str, Any] | None]
     return Position(**state["position"]), state["dataset"]
 
 
-def load_state(directory: Path, runtime: Runtime, engine: NativeZero) -> Position:
+def load_state(directory: Path, runtime: Runtime, engine: Engine) -> Position:
     """Load a checkpoint, made in whatever layout, into this one: weights, optimizer state and position.
 
     Raises CheckpointError where it is damaged, or of another model.
     """
     manifest = read_manifest(directory)
     check_model(directory, manifest, runtime.config.model)
-    load_tensors(directory, chain(engine.weight_boxes(write=False), engine.optimizer_boxes(write=False)), manifest)
+    engine.load(lambda boxes: load_tensors(directory, boxes, manifest))
     engine.optimizer_steps = manifest.state["optimizer_steps"]
-    engine.publish_weights()
+    stored_scale = manifest.state.get("loss_scale")
+    if engine.loss_scale is not None and stored_scale is not None:
+        engine.loss_scale.state = stored_scale
     return Position(**manifest.state["position"])
 
 

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from megatron_llama.config import RunConfig
+from megatron_llama.config_rules_zero import further_settings
 from megatron_llama.data.loader import MicroBatch, target_count
 from megatron_llama.pipeline_plan import stage_costs
-from megatron_llama.runtime import Runtime
+from megatron_llama.runtime import DTYPES, Runtime
 from parallel.collectives import Handle, start_all_reduce
 from parallel.errors import ConfigError
 from parallel.pipeline.check import check_schedule
 from parallel.pipeline.schedules import SCHEDULES, Action
 from parallel.pipeline.speculation import SpeculativeStart, speculative_start
-from parallel.zero.engine import OptimizerSettings, StepInfo
+from parallel.zero.deepspeed_engine import DeepSpeedZero
+from parallel.zero.deepspeed_setup import DeepSpeedOptions
+from parallel.zero.engine import Engine, OptimizerSettings, StepInfo
 from parallel.zero.native import NativeZero
 from parallel.zero.post_validation import PostValidatedZero
 
@@ -34,17 +37,28 @@ def optimizer_settings(config: RunConfig) -> OptimizerSettings:
         clip_norm=optimizer.clip_norm,
         zero_stage=zero.stage,
         bucket_size=zero.bucket_size,
+        gradient_dtype=DTYPES[zero.gradient_dtype],
+        reduce_dtype=DTYPES[zero.reduce_dtype],
+        overlap=zero.overlap,
+        moment_dtype=DTYPES[optimizer.moment_dtype],
+        master_weights=optimizer.master_weights,
+        loss_scale=config.train.loss_scale if config.train.dtype == "fp16" else 0.0,
+        loss_scale_window=config.train.loss_scale_window,
     )
 
 
-def make_engine(runtime: Runtime) -> NativeZero:
+def make_engine(runtime: Runtime) -> Engine:
     """The optimizer engine that the run asks for, over this rank's chunks; all ranks call it together.
 
     Raises ConfigError where the first and the last pipeline rank have to meet in every step.
     """
-    parallel, settings = runtime.config.parallel, optimizer_settings(runtime.config)
+    config = runtime.config
+    parallel, settings = config.parallel, optimizer_settings(config)
+    if config.zero.engine == "deepspeed":
+        options = DeepSpeedOptions(config.zero.offload, config.train.micro_batch_size, further_settings(config))
+        return DeepSpeedZero(runtime.chunks, runtime.groups, settings, options)
     if not parallel.post_validation:
-        return NativeZero(runtime.chunks, runtime.groups, settings)
+        return NativeZero(runtime.chunks, runtime.groups, settings, runtime.kernels)
     if "embedding" in runtime.groups.replicas:
         raise ConfigError(
             "parallel.post_validation = true cannot be had with model.tie_embeddings under parallel.schedule = "
@@ -52,7 +66,7 @@ def make_engine(runtime: Runtime) -> NativeZero:
             "every step; set --parallel.post_validation false, or --parallel.schedule zb-v with --parallel.chunks 2, where "
             "one rank has both"
         )
-    return PostValidatedZero(runtime.chunks, runtime.groups, settings)
+    return PostValidatedZero(runtime.chunks, runtime.groups, settings, runtime.kernels)
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ def squared_document_lengths(micro_batches: Sequence[MicroBatch]) -> int:
 class TrainStep:
     """Runs steps. `prepare` a batch one step ahead, then `run` it; neither makes the host wait for a GPU."""
 
-    def __init__(self, runtime: Runtime, engine: NativeZero, num_micro_batches: int) -> None:
+    def __init__(self, runtime: Runtime, engine: Engine, num_micro_batches: int) -> None:
         config = runtime.config
         self.runtime, self.engine = runtime, engine
         schedule = SCHEDULES[config.parallel.schedule](runtime.placement, num_micro_batches)
@@ -94,7 +108,7 @@ class TrainStep:
         self.start: SpeculativeStart | None = None
         if isinstance(engine, PostValidatedZero):
             self.start = speculative_start(schedule, runtime.placement, rank, engine.validate)
-        self.executor = runtime.executor(config.train.sequence_length, config.train.micro_batch_size)
+        self.executor = runtime.executor(config.train.sequence_length, config.train.micro_batch_size, engine.chunks)
 
     def prepare(self, micro_batches: Sequence[MicroBatch]) -> Batch:
         """Move a step's micro-batches to the device and start counting over the global batch."""
@@ -114,11 +128,12 @@ class TrainStep:
         """
         batch.counted.wait()
         share = batch.counts[0].clamp(min=1)
-        micro_batches = [replace(mb, loss_mask=mb.loss_mask / share) for mb in batch.micro_batches]
+        scale = self.engine.loss_scale.value if self.engine.loss_scale is not None else 1.0
+        micro_batches = [replace(mb, loss_mask=mb.loss_mask / share * scale) for mb in batch.micro_batches]
         self.engine.begin_step()
         losses = self.executor.run(self.actions, micro_batches, self.engine, self.start)
         loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         if self.runtime.has_loss and self.runtime.groups.tp.rank == 0:  # tensor ranks all have the same loss
-            loss = torch.stack(losses).double().sum()
+            loss = torch.stack(losses).double().sum() / scale
         from_host = [torch.full_like(loss, value) for value in (float(stop_wished), data_wait_seconds)]
         return self.engine.step(learning_rate, torch.stack([loss, *from_host]))

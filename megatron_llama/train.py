@@ -26,13 +26,14 @@ from megatron_llama.config import (
     total_steps,
     validate,
 )
+from megatron_llama.config_rules_memory import float8_advice
 from megatron_llama.data.held_out import HeldOutSource, open_held_out
 from megatron_llama.data.mixture import table_lines
 from megatron_llama.data.training_data import TrainingData
 from megatron_llama.evaluate import Evaluator
 from megatron_llama.flops import parameter_count
 from megatron_llama.metrics import MetricsWriter
-from megatron_llama.pipeline_plan import settle_schedule
+from megatron_llama.pipeline_plan import memory_settings, settle_schedule
 from megatron_llama.program import STOPPED, agree, asks_for_help, open_log, run_program
 from megatron_llama.run_data import make_loader, open_run_data
 from megatron_llama.runtime import Runtime, build_runtime
@@ -51,7 +52,7 @@ from parallel import launch as launching
 from parallel.checkpoint.steps import committed_steps
 from parallel.errors import ConfigError
 from parallel.launch import Launch
-from parallel.zero.native import NativeZero
+from parallel.zero.engine import Engine
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -139,7 +140,7 @@ def _in_run_directory(config: RunConfig, work: Callable[[Path], Result]) -> Resu
         ) from error
 
 
-def _resume(config: RunConfig, runtime: Runtime, engine: NativeZero) -> Position:
+def _resume(config: RunConfig, runtime: Runtime, engine: Engine) -> Position:
     """Where to start from: the checkpoint that was asked for or found, else the beginning."""
     directory = find_checkpoint(config)
     position = fresh_position(config) if directory is None else load_state(directory, runtime, engine)
@@ -154,7 +155,7 @@ def _resume(config: RunConfig, runtime: Runtime, engine: NativeZero) -> Position
 
 
 def describe(
-    launch: Launch, runtime: Runtime, engine: NativeZero, step: TrainStep, data: TrainingData, position: Position
+    launch: Launch, runtime: Runtime, engine: Engine, step: TrainStep, data: TrainingData, position: Position
 ) -> str:
     """What is about to run, for the log."""
     config, groups, report = runtime.config, runtime.groups, step.report
@@ -178,11 +179,12 @@ def describe(
             f"layers    {stages}",
             f"schedule  {parallel.schedule}{chunks}, {micro_batches} micro-batches of {train.micro_batch_size}; bubble "
             f"{report.bubble:.1%} by FLOPs; activations in flight per rank: {peaks}, at most "
-            f"{max(report.peak_memory):,.3f} GiB; recompute {parallel.recompute}",
-            f"optimizer {config.optimizer.name}, ZeRO stage {config.zero.stage} over {groups.data.size} data ranks, "
-            f"{len(engine.buckets)} buckets; weights, gradients and optimizer state of this rank: "
+            f"{max(report.peak_memory):,.3f} GiB; {memory_settings(parallel)}",
+            f"optimizer {config.optimizer.name}, {config.zero.engine} ZeRO stage {config.zero.stage} over {groups.data.size} "
+            f"data ranks, {len(engine.buckets)} buckets; weights, gradients and optimizer state of this rank: "
             f"{engine.state_bytes / 2**20:,.1f} MiB",
             f"kernels   {runtime.kernels}",
+            *(f"advice    {line}" for line in float8_advice(config)),
             f"data      {len(data.rows)} sources, {data.blend.num_windows:,} samples of {train.sequence_length} tokens, order "
             f"{config.data.order}; at the end of the run:",
             *(f"          {line}" for line in [*table_lines(data.rows), *data.notes]),

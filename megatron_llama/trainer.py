@@ -22,7 +22,7 @@ from megatron_llama.state import Position
 from megatron_llama.step import Batch, TrainStep
 from megatron_llama.tracing import StepTracer
 from megatron_llama.verdict import Moment, StepNumbers, Verdict
-from parallel.zero.native import NativeZero
+from parallel.zero.engine import Engine
 
 SAVED_BY_STOP = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -56,7 +56,7 @@ class Trainer:
         self,
         config: RunConfig,
         step: TrainStep,
-        engine: NativeZero,
+        engine: Engine,
         loader: Loader,
         position: Position,
         save: Callable[[Position], object],
@@ -141,6 +141,7 @@ class Trainer:
             tokens_per_second=speed,
             data_wait_seconds=numbers.data_wait_seconds / self.world_size,
             mfu=model_flops_utilization(speed, flops / self.tokens_per_step, self.world_size, self.peak),
+            loss_scale=numbers.loss_scale,
         )
         metrics.write_step(record, **({"skipped": True} if numbers.skipped else {}))
         self.progress.add(self.tokens_per_step, flops, seconds, record.data_wait_seconds, bool(numbers.skipped))

@@ -43,6 +43,7 @@ class StepNumbers:
     grad_norm: float
     skipped: float  # 1.0 where the update was masked
     squared_lengths: float  # sum over the documents of length^2; exact below 2^53
+    loss_scale: float | None = None  # what the loss was multiplied by (fp16)
 
 
 class Verdict:
@@ -54,7 +55,10 @@ class Verdict:
         self.finished = Moment(device)
 
         def values() -> Tensor:
-            return torch.cat([info.sums, torch.stack([info.norm, info.skipped.double(), squared_lengths.double()])])
+            known = [info.norm, info.skipped.double(), squared_lengths.double()]
+            if info.loss_scale is not None:
+                known.append(info.loss_scale.double())
+            return torch.cat([info.sums, torch.stack(known)])
 
         self._numbers = HostCopy(values, device, info.stream)
 

@@ -178,6 +178,14 @@ class LocalBackend:
         self._pair(group.meeting, (src, group.rank), group.meeting.receives, arrival)
         return arrival.work
 
+    @staticmethod
+    def P2POp(op: Callable[..., Work], tensor: Tensor, peer: int, group: Member) -> Callable[[], Work]:
+        return lambda: op(tensor, peer, group, tag=0)
+
+    @staticmethod
+    def batch_isend_irecv(messages: list[Callable[[], Work]]) -> list[Work]:
+        return [start() for start in messages]
+
     def _pair(self, meeting: Meeting, way: tuple[int, int], side: dict, arrival: Arrival) -> None:
         """The n-th send of one rank to another is for its n-th receive from it, whatever the tags, as with NCCL."""
         with meeting.lock:

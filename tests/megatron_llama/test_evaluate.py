@@ -12,9 +12,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_llama.config import load_config, validate_layout
 from megatron_llama.data.held_out import open_held_out, source_names
 from megatron_llama.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_llama.evaluate import Evaluation, SourceLoss
+from megatron_llama.inference import _fit
 from parallel.errors import ConfigError
 from tests.megatron_llama.programs import (
     SEQUENCE_LENGTH,
@@ -187,6 +189,13 @@ def test_the_tables(run: Path, workplace: Path) -> None:
     tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("valid/")}
     assert tags == {"valid/loss", *(f"valid/letters/{name}" for name in measures), "valid/valid/loss", "valid/valid/perplexity"}
     assert events.Scalars("valid/letters/loss")[0].value == pytest.approx(record["valid"]["letters"]["loss"], rel=1e-6)
+
+
+def test_a_run_whose_optimizer_was_sharded_over_more_ranks_can_be_evaluated() -> None:
+    stored = load_config(["--model.preset", "llama-7b", "--zero.shard_group_size", "8"])
+    with pytest.raises(ConfigError, match="shard_group_size"):
+        validate_layout(stored, 1)
+    validate_layout(_fit(stored, 1), 1)
 
 
 def test_how_sources_share_the_tokens(workplace: Path) -> None:

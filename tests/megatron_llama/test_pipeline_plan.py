@@ -11,11 +11,20 @@ import torch
 from megatron_llama.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_llama.data.loader import MicroBatch
 from megatron_llama.flops import model_flops
-from megatron_llama.pipeline_plan import head_work, layer_activations, layer_work, settle_schedule, stage_costs, stage_layers
+from megatron_llama.pipeline_plan import (
+    head_work,
+    layer_activations,
+    layer_work,
+    settle_schedule,
+    stage_activations,
+    stage_costs,
+    stage_layers,
+)
 from megatron_llama.presets import preset_layer
 from megatron_llama.runtime import build_runtime
 from parallel.errors import ConfigError
 from parallel.pipeline.layout import Placement
+from tests.alive import AliveMemory
 from tests.ranks import run_ranks
 
 MODEL = ModelConfig(num_layers=6, hidden_size=64, num_heads=8, num_kv_heads=2, ffn_hidden_size=176, vocab_size=64)
@@ -30,32 +39,32 @@ def config(model: ModelConfig = MODEL, batch: int = 16, length: int = 64, micro_
 
 
 def kept_bytes(rank: int, world_size: int, run: RunConfig) -> int:
-    """What autograd keeps of a forward pass, parameters apart."""
+    """What is alive after a forward pass, parameters apart."""
     runtime = build_runtime(run, rank, world_size, torch.device("cpu"), timedelta(seconds=60))
-    stage = runtime.chunks[0]
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in parameters:
-            kept[address] = tensor
-        return tensor
-
     tokens = torch.zeros(run.train.sequence_length, run.train.micro_batch_size, dtype=torch.int64)
     positions = torch.arange(run.train.sequence_length)[:, None]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        stage(None, MicroBatch(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32), positions))
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    micro_batch = MicroBatch(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32), positions)
+    with AliveMemory(apart=runtime.chunks[0].parameters()) as memory:
+        loss = runtime.chunks[0](None, micro_batch)
+    assert loss.requires_grad
+    return memory.bytes()
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "linear_outputs", "full"])
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, True), (2, False)])
 def test_activations_are_what_autograd_keeps(recompute: str, tp: int, sequence_parallel: bool) -> None:
     run = config(recompute=recompute, tp=tp, sequence_parallel=sequence_parallel)
     fewer = replace(run, model=replace(MODEL, num_layers=2))
     of_six, of_two = (run_ranks(tp, kept_bytes, one)[0] for one in (run, fewer))
-    assert layer_activations(run)[0] == pytest.approx((of_six - of_two) / 4, rel=0.03)
+    assert layer_activations(run, recompute)[0] == pytest.approx((of_six - of_two) / 4, rel=0.03)
+
+
+def test_a_stage_keeps_what_its_layers_do() -> None:
+    whole, input_only = (layer_activations(config(), mode)[0] for mode in ("none", "full"))
+    assert stage_activations(config(recompute="full"), 6) == 6 * input_only
+    assert stage_activations(config(recompute="full", recompute_layers=2), 6) == 2 * input_only + 4 * whole
+    assert stage_activations(config(recompute="full", recompute_layers=2, offload_layers=3), 6) == 3 * whole
+    assert stage_activations(config(offload_layers=9), 6) == 0
 
 
 def test_work_adds_up_to_the_model_flops() -> None:

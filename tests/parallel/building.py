@@ -16,9 +16,14 @@ CPU = torch.device("cpu")
 Part = tuple[str, Box, Tensor]  # the full tensor's name, the place in it, the values
 
 
-def grid(rank: int, replica_groups: Mapping[str, list[tuple[int, ...]]] | None = None, **sizes: int) -> ProcessGroups:
+def grid(
+    rank: int,
+    replica_groups: Mapping[str, list[tuple[int, ...]]] | None = None,
+    shard_group_size: int = 0,
+    **sizes: int,
+) -> ProcessGroups:
     """The process groups of a rank: `grid(rank, tp=2, dp=2)`."""
-    return build_groups(Topology(**sizes), rank, replica_groups)
+    return build_groups(Topology(**sizes), rank, replica_groups, shard_group_size=shard_group_size)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

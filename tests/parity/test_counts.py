@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_llama.config import ParallelConfig
-from tests.parity.test_parity import SMALL_BATCH, STAGE_0, layout
+from megatron_llama.config import ParallelConfig, ZeroConfig
+from tests.parity.test_parity import SHALLOW, SMALL_BATCH, STAGE_0, layout
 from tests.parity.training import MODEL, TRAIN, Case, train
 from tests.ranks import run_ranks
 
@@ -58,8 +58,8 @@ def expected_bytes(case: Case, rank: int, bucket_elements: int, norm_elements: i
     elif tp > 1:
         reductions = layers * (1 + forwards + 2) + (1 if last else 0) + (1 if first else 0)
         add("all_reduce", "tp", micro_batches * reductions * 2 * ring(activation, tp))
-    if tp > 1 and last:  # cross entropy: maxima [s, b], then two sums [2, s, b]
-        add("all_reduce", "tp", micro_batches * 3 * 2 * ring(tokens * FP32_BYTES, tp))
+    if tp > 1 and last:  # cross entropy: each rank's statistics [3, s, b]
+        add("all_gather", "tp", micro_batches * ring(tp * 3 * tokens * FP32_BYTES, tp))
     # pipeline axis: an activation to the next stage, a gradient to the previous one
     messages = (not last) + (not first)
     add("send", "pp", micro_batches * messages * activation // (tp if tp_sp else 1))
@@ -93,11 +93,50 @@ def test_bytes_sent_in_a_step(case: Case) -> None:
         assert outcome.sent_bytes == expected_bytes(case, rank, elements, norms), f"rank {rank}"
 
 
-def test_bf16_halves_the_weights_on_the_wire_and_keeps_gradients_in_fp32() -> None:
-    case = Case("bf16", layout(dp=2), train=replace(TRAIN, dtype="bf16"))
-    for outcome, elements, _ in run_ranks(2, train_and_measure, case):
-        assert outcome.sent_bytes["reduce_scatter", "data"] == elements * 4 // 2
-        assert outcome.sent_bytes["all_gather", "data"] == elements * 2 // 2
+MICRO_BATCHES = 2
+BF16_BYTES = [  # the messages of a step over D data ranks: bytes per parameter, of which each rank sends (D-1)/D
+    ("fp32 gradients", 2, ZeroConfig(), {("reduce_scatter", "data"): 4, ("all_gather", "data"): 2}),
+    ("bf16 wire", 2, ZeroConfig(reduce_dtype="bf16"), {("reduce_scatter", "data"): 2, ("all_gather", "data"): 2}),
+    ("bf16 gradients", 2, ZeroConfig(gradient_dtype="bf16"), {("reduce_scatter", "data"): 2, ("all_gather", "data"): 2}),
+    ("stage 2", 2, ZeroConfig(stage=2), {("reduce_scatter", "data"): 4 * MICRO_BATCHES, ("all_gather", "data"): 2}),
+    ("stage 0", 2, ZeroConfig(stage=0), {("all_reduce", "data"): 2 * 4}),
+    (
+        "stage 0 with bf16 wire",
+        2,
+        ZeroConfig(stage=0, reduce_dtype="bf16"),
+        {("reduce_scatter", "data"): 2, ("all_gather", "data"): 2},
+    ),
+    (
+        "groups of 2",
+        4,
+        ZeroConfig(shard_group_size=2),
+        {("reduce_scatter", "shard"): 4, ("all_reduce", "copies"): 2 * 4 / 2, ("all_gather", "shard"): 2},
+    ),
+    (
+        "stage 2 in groups of 2",
+        4,
+        ZeroConfig(stage=2, shard_group_size=2),
+        {("reduce_scatter", "shard"): 4 * MICRO_BATCHES, ("all_reduce", "copies"): 2 * 4 / 2, ("all_gather", "shard"): 2},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero", "bytes_per_parameter"), [row[1:] for row in BF16_BYTES], ids=[row[0] for row in BF16_BYTES]
+)
+def test_bytes_of_gradients_and_weights_in_bf16(ranks: int, zero: ZeroConfig, bytes_per_parameter: dict) -> None:
+    """With fp32 gradients stage 1 sends 4 + 2 bytes per parameter; in stage 2 gradients leave in each backward pass, but cross
+    from one group of ranks to the next once a step all the same."""
+    batch = replace(TRAIN, dtype="bf16", global_batch_size=MICRO_BATCHES * ranks)
+    for outcome, elements, _ in run_ranks(ranks, train_and_measure, Case("bf16", layout(dp=ranks), SHALLOW, batch, zero=zero)):
+        sent = outcome.sent_bytes
+        sent["all_reduce", "data"] -= 2 * 2 * INT64_BYTES * (ranks - 1) // ranks  # the counts of targets and of squared lengths
+        for message, size in bytes_per_parameter.items():
+            members = 2 if message[1] in ("shard", "copies") else ranks
+            assert sent.pop(message) == size * elements * (members - 1) / members
+        assert {message: size for message, size in sent.items() if size} == {
+            ("all_reduce", "world"): 2 * 4 * FP64_BYTES * (ranks - 1) // ranks
+        }
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_split_backward_pass_changes_no_bit_on_a_gpu(recompute: str) -> None:
         session = Session(0, 1, case, device="cuda")
         for step in range(2):
             session.step(step)
-        weights.append([bucket.master.clone() for bucket in session.engine.buckets])
+        weights.append([master.clone() for master in session.engine.update.read("master")])
     assert all(torch.equal(split, whole) for whole, split in zip(*weights, strict=True))
 
 

@@ -19,7 +19,7 @@ import parallel.zero.buckets
 import parallel.zero.grad_norm
 import parallel.zero.native
 from megatron_llama.data import loader
-from parallel.kernels import table
+from parallel.kernels import torch_attention, torch_kernels
 from parallel.pipeline.executor import Executor
 from parallel.zero.buckets import Bucket
 from parallel.zero.native import NativeZero
@@ -55,7 +55,7 @@ def skip_replica_sums(monkeypatch) -> None:
 def count_replicas_twice(monkeypatch) -> None:
     """The gradient norm counts every copy whole."""
 
-    def counted(buckets, data_copies):
+    def counted(buckets, data_copies, l2_norm):
         return sum(bucket.master_grad.double().square().sum() for bucket in buckets) / data_copies
 
     monkeypatch.setattr(parallel.zero.native, "local_squared_norm", counted)
@@ -179,19 +179,17 @@ def turn_the_other_way(monkeypatch) -> None:
 
 def shift_kv_heads(monkeypatch) -> None:
     """Query heads attend to the wrong group's keys and values."""
-    row = table.ROWS["attention"][1]
+    sdpa = torch_attention.sdpa
 
     def shifted(q, k, v, documents):
-        return row.function(q, k.roll(1, dims=2), v.roll(1, dims=2), documents)
+        return sdpa(q, k.roll(1, dims=2), v.roll(1, dims=2), documents)
 
-    rows = {**table.ROWS, "attention": (replace(row, function=shifted),)}
-    monkeypatch.setattr(table, "ROWS", rows)
+    monkeypatch.setattr(torch_attention, "sdpa", shifted)
 
 
 def larger_eps(monkeypatch) -> None:
-    row = table.ROWS["rms_norm"][0]
-    rows = {**table.ROWS, "rms_norm": (replace(row, function=lambda x, w, eps: row.function(x, w, 10 * eps)),)}
-    monkeypatch.setattr(table, "ROWS", rows)
+    rms_norm = torch_kernels.rms_norm
+    monkeypatch.setattr(torch_kernels, "rms_norm", lambda x, weight, eps: rms_norm(x, weight, 10 * eps))
 
 
 @pytest.mark.parametrize("plant", [turn_the_other_way, shift_kv_heads, larger_eps])
@@ -227,4 +225,4 @@ def test_one_more_collective_is_caught_by_the_ledger(monkeypatch) -> None:
 
     monkeypatch.setattr(megatron_llama.model.block.Block, "forward", chatty)
     with pytest.raises(AssertionError):
-        test_counts.test_bytes_sent_in_a_step(layout(tp=2))
+        test_counts.test_bytes_sent_in_a_step(test_counts.CASES[0])

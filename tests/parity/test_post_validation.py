@@ -61,7 +61,7 @@ class Consecutive(Session):
             reduce_gradients()
             if len(report.stage_norms) in self.bad_steps and self.runtime.groups.place.pp == 0:
                 engine.buckets[-1].master_grad[0] = float("nan")
-            report.stage_norms.append(local_squared_norm(engine.buckets, engine.data_copies).sqrt().item())
+            report.stage_norms.append(local_squared_norm(engine.buckets, engine.copies_axis.size).sqrt().item())
 
         engine.reduce_gradients = reduce_and_spoil
         if isinstance(engine, PostValidatedZero):
@@ -209,7 +209,7 @@ def test_steps_that_are_not_finite_are_skipped(name: str, clip_norm: float) -> N
     case = Case("bad", layout(pp=2, dp=2, schedule="zb-h2"), train=SMALL_BATCH, optimizer=optimizer)
     found = compare(case, bad_steps=(0, 3, 5))
     assert found[0].outcome.skipped == [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
-    assert found[0].optimizer_steps == (3 if name == "adamw" else 0)
+    assert found[0].optimizer_steps == 3
 
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_llama.config import ZeroConfig
 from tests.local_backend import LocalBackend, Member, Work, run_threads
 from tests.parity.comparison import differences, inexact, reference
 from tests.parity.test_parity import SMALL_BATCH, STAGE_0, TIED, layout
@@ -28,6 +29,7 @@ PIPELINES = [
 DATA = [
     Case("dp2-zero0", layout(dp=2), MODEL, SMALL_BATCH, zero=STAGE_0),
     Case("dp2-zero1", layout(dp=2), MODEL, SMALL_BATCH),
+    Case("dp2-zero2", layout(dp=2), MODEL, SMALL_BATCH, zero=ZeroConfig(stage=2)),
     Case("pp2-dp2-tied", layout(pp=2, dp=2), TIED, SMALL_BATCH),
 ]
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STEP = (
     *("--preset", "llama-tiny", "--num-layers", 1, "--vocab-size", 200, "--sequence-length", 16, "--micro-batches", 2),
-    *("--steps", 2, "--threads", 1, "--device", "cpu"),
+    *("--steps", 2, "--threads", 1),
 )
 CHECKPOINT = ("--gib", 0.008, "--rounds", 1)
 DATA = ("--megabytes", 1, "--samples", 64, "--sequence-length", 64, "--scale", 0.001, "--rounds", 1, "--workers", 1)
@@ -37,19 +37,58 @@ def check_setting(output, arguments):
     assert re.search(r"^versions   Python \d.*torch \d", output, re.MULTILINE)
 
 
+def check_step(output, peer, tolerance):
+    """The first loss and norm beside the peer's, a row per contestant, and the ratios of both kinds of seconds."""
+    for what in ("loss", "norm"):
+        first = re.search(rf"^first {what} +ours ([\d.]+)  {peer} ([\d.]+)  relative difference", output, re.MULTILINE)
+        assert float(first[1]) == pytest.approx(float(first[2]), rel=tolerance)
+    for name in ("ours", peer):
+        assert re.search(rf"^{name} +[\d.]+ +[\d.]+ +\d+ +\d+ +-?\d+$", output, re.MULTILINE)
+    for part in ("forward and backward", "norm and update", "wait for the weights", "linears and head", "attention"):
+        assert re.search(rf"^  {part} +[\d.]+ +[\d.]+$", output, re.MULTILINE)
+    for ratio in (f"{peer} / ours", "ours / products of linears, head and attention", "share of linears and head in our step"):
+        assert len(re.findall(rf"^  {ratio} +[\d.]+ +\(", output, re.MULTILINE)) == 2
+
+
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_step(dtype):
     pytest.importorskip("transformers")
     done = run("step", *STEP, "--dtype", dtype)
     assert done.returncode == 0, done.stderr
     check_setting(done.stdout, STEP)
-    first = re.search(r"first loss +ours ([\d.]+)  transformers ([\d.]+)", done.stdout)
-    assert float(first[1]) == pytest.approx(float(first[2]), rel=2e-3 if dtype == "bf16" else 2e-6)
-    for name in ("ours", "transformers"):
-        assert re.search(rf"^{name} +[\d.]+ +[\d.]+ +\d+ +\d+ +\d+% +-?\d+$", done.stdout, re.MULTILINE)
-    assert len(re.findall(r"^ratio ours / transformers, tokens.*: \d+\.\d{3} \(rounds", done.stdout, re.MULTILINE)) == 2
-    assert len(re.findall(r"^  (?:forward and backward|reduction and norm|update|all else) ", done.stdout, re.MULTILINE)) == 4
-    assert "MFU" not in done.stdout  # the peak of a CPU is not known
+    check_step(done.stdout, "transformers", 1e-5 if dtype == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "peer", "package"),
+    [(("--dp", 2), "deepspeed", "deepspeed"), (("--tp", 2, "--pp", 2, "--num-layers", 2), "megatron-core", "megatron.core")],
+)
+def test_step_in_a_layout(tmp_path, layout, peer, package):
+    pytest.importorskip("transformers")
+    pytest.importorskip(package)
+    done = run("step", *STEP, *layout, "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    check_step(done.stdout, peer, 1e-5)
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert set(written["steps"]) == {"ours", peer, "products"} and len(written["steps"]["ours"]) == 2
+    needed = {figure["name"]: figure["needed"] for figure in written["figures"]}
+    assert needed[f"{peer} / ours"] == ("at least 1" if peer == "deepspeed" else "at least 1.2")
+    assert needed["share of linears and head in our step"] == "at least 0.6"
+    over_products = needed["ours / products of linears, head and attention"]
+    assert over_products == ("at most 1.25" if peer == "deepspeed" else "")
+
+
+def test_step_without_a_peer():
+    done = run("step", *STEP, "--tp", 2, "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^left out +megatron-core: (it is set up for fp32|.* not installed)", done.stdout, re.MULTILINE)
+    assert "megatron-core / ours" not in done.stdout and "ours / products" in done.stdout
+
+
+def test_step_refuses_a_layout():
+    done = run("step", *STEP, "--tp", 3)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: parallel.tp must divide model.num_heads")
 
 
 @pytest.mark.slow
@@ -57,8 +96,10 @@ def test_step_sees_another_token():
     pytest.importorskip("transformers")
     done = run("step", *STEP, "--plant-error")
     assert done.returncode == 1
-    assert done.stderr == "error: the first loss of ours and the peer differ by more than 2e-06: not the same training\n"
-    assert "ratio" not in done.stdout
+    assert done.stderr.splitlines()[-1] == (
+        "error: the first loss of ours and the peer differ by more than 2e-06: not the same training"
+    )
+    assert "ours / products" not in done.stdout
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
