@@ -21,6 +21,8 @@ from parallel.groups import Axis
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+LARGE_BYTES = 1 << 20  # of a part of a gather, from which on messages of two ranks are cheaper than gloo's collective
+
 
 class Handle(Protocol):
     """What an asynchronous collective returns."""
@@ -48,6 +50,11 @@ class All:
 
 def _size_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _is_gloo(tensor: Tensor, axis: Axis) -> bool:
+    """Whether gloo moves the tensor from one member to another (it sends none from a GPU)."""
+    return not tensor.is_cuda and dist.get_backend(axis.group) == "gloo"
 
 
 def start_all_reduce(tensor: Tensor, axis: Axis, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Handle:
@@ -78,6 +85,9 @@ def start_all_gather(tensor: Tensor, axis: Axis, out: Tensor | None = None) -> t
         out = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
     axis.record("all_gather", _size_bytes(tensor) * (axis.size - 1))
     with record_function(f"all_gather/{axis.name}"):
+        if _size_bytes(tensor) >= LARGE_BYTES and _is_gloo(tensor, axis):
+            parts = out.view(axis.size, *tensor.shape)  # gloo's own all-gather copies everything once more
+            return out, _start_all_to_all(parts, tensor.expand_as(parts), axis)
         return out, _all_gather_into(out, tensor, group=axis.group, async_op=True)
 
 
@@ -126,13 +136,14 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis, out: Tensor | None = None) 
 
 def _start_all_to_all(out: Tensor, tensor: Tensor, axis: Axis) -> Handle:  # [size, ...] twice
     """Send part i to member i. gloo's own all-to-all sends before it receives, so that a slow link goes one way at a time."""
-    if tensor.is_cuda or dist.get_backend(axis.group) != "gloo":
+    if not _is_gloo(tensor, axis):
         return dist.all_to_all_single(out, tensor, group=axis.group, async_op=True)
     messages = []
     for shift in range(1, axis.size):
         target, source = ((axis.rank + step) % axis.size for step in (-shift, shift))
         messages += _exchange(tensor[target], out[source], axis, target, source)
-    out[axis.rank] = tensor[axis.rank]
+    if out[axis.rank].data_ptr() != tensor[axis.rank].data_ptr():
+        out[axis.rank] = tensor[axis.rank]
     return All(messages)
 
 

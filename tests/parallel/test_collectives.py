@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.collectives import (
+    LARGE_BYTES,
     all_gather,
     all_reduce,
     barrier,
@@ -94,14 +95,14 @@ def test_the_ledger_has_the_bytes_of_the_ring(size):
         assert cleared_bytes == cleared_calls == {}
 
 
-def use_buckets_in_place(rank, world_size):
+def use_buckets_in_place(rank, world_size, n):
     tp = grid(rank, tp=world_size).tp
-    part = slice(4 * rank, 4 * rank + 4)
-    gathered = torch.full((4 * world_size,), -1.0)
-    gathered[part] = of_rank(rank, 4)
+    part = slice(n * rank, n * rank + n)
+    gathered = torch.full((n * world_size,), -1.0)
+    gathered[part] = of_rank(rank, n)
     out, handle = start_all_gather(gathered[part], tp, out=gathered)
     handle.wait()
-    scattered = of_rank(rank, 4 * world_size)
+    scattered = of_rank(rank, n * world_size)
     mine, handle = start_reduce_scatter(scattered, tp, out=scattered[part])
     handle.wait()
     shared = out.data_ptr() == gathered.data_ptr() and mine.data_ptr() == scattered[part].data_ptr()
@@ -109,14 +110,15 @@ def use_buckets_in_place(rank, world_size):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_gather_into_and_scatter_out_of_one_buffer(size):
+@pytest.mark.parametrize("n", [4, LARGE_BYTES // 4], ids=["small", "large"])
+def test_gather_into_and_scatter_out_of_one_buffer(size, n):
     """What a bucket does: the shard is a view of the whole."""
-    gathered = torch.cat([of_rank(rank, 4) for rank in range(size)])
-    total = torch.stack([of_rank(rank, 4 * size) for rank in range(size)]).sum(0)
-    for rank, (shared, ours, mine) in enumerate(run_ranks(size, use_buckets_in_place)):
+    gathered = torch.cat([of_rank(rank, n) for rank in range(size)])
+    total = torch.stack([of_rank(rank, n * size) for rank in range(size)]).sum(0)
+    for rank, (shared, ours, mine) in enumerate(run_ranks(size, use_buckets_in_place, n)):
         assert shared
         assert torch.equal(ours, gathered)
-        assert torch.equal(mine, total[4 * rank : 4 * rank + 4])
+        assert torch.equal(mine, total[n * rank : n * rank + n])
 
 
 def reduce_in_fp32_what_travels_in_bf16(rank, world_size):
