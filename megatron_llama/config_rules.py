@@ -20,11 +20,9 @@ from parallel.errors import ConfigError
 
 WAITING = (
     "parallel.cp",
-    "zero.offload_directory",
-    "train.cuda_graphs",
 )
 
-FURTHER = (*config_rules_memory.RULES, *config_rules_precision.RULES, config_rules_zero.engine_supports)
+FURTHER = (*config_rules_memory.RULES, *config_rules_precision.RULES, *config_rules_zero.RULES)
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -53,6 +51,7 @@ def validate_training(config: RunConfig, world_size: int) -> None:
     for rule in (_training_data, _length, _optimizer, _gradients, _post_validation, _evaluation, *FURTHER):
         rule(config)
     _batch(config, world_size)
+    config_rules_memory.cuda_graphs(config, world_size)
     config_rules_zero.deepspeed_file(config, world_size)
 
 

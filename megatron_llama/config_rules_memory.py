@@ -1,11 +1,12 @@
-"""Which settings of recomputation, offload and float8 can run together. Each rule raises ConfigError, as in `config_rules`."""
+"""Rules about recomputation, offload, float8 and CUDA graphs. Each raises ConfigError, as in `config_rules`."""
 
 from __future__ import annotations
 
-from megatron_llama.config_sections import RunConfig
+from megatron_llama.config_sections import RunConfig, data_parallel_size, micro_batches_per_step
 from parallel.errors import ConfigError
 
 MULTIPLE = 16  # of the sizes of a float8 product: what the tensor cores take
+LEAST_GRAPHED = 3  # micro-batches of a step: its first and last one run eagerly
 
 
 def recompute_layers(config: RunConfig) -> None:
@@ -82,6 +83,33 @@ def rather_not(recipe: str, inputs: int, outputs: int) -> bool:
     if recipe == "tensorwise":
         return inputs <= 4096 and outputs <= 1024
     return outputs <= 2048 or inputs <= 1024 or (outputs <= 4096 and inputs <= 2048)
+
+
+def cuda_graphs(config: RunConfig, world_size: int) -> None:
+    """What replays of micro-batches ask of the run. The engines' part is in the support table."""
+    parallel, train = config.parallel, config.train
+    if not train.cuda_graphs:
+        return
+    off, reason = "--train.cuda_graphs false", ""
+    micro_batches = micro_batches_per_step(config, world_size)
+    if train.device == "cpu":
+        reason, fix = "needs a GPU, and train.device = cpu", off
+    elif parallel.pp > 1:
+        reason, fix = f"is for whole models, and parallel.pp = {parallel.pp}: messages to other stages are in no graph", off
+    elif parallel.schedule not in ("1f1b", "auto"):
+        reason = f"wants a backward pass after each forward pass, and parallel.schedule = {parallel.schedule}"
+        fix = "--parallel.schedule 1f1b"
+    elif parallel.offload_layers:
+        reason = f"has no copies to the host in its graphs, and parallel.offload_layers = {parallel.offload_layers}"
+        fix = f"--parallel.offload_layers 0, or {off}"
+    elif parallel.tp > 1 and parallel.tp_overlap == "async":
+        reason, fix = "was never tried with parallel.tp_overlap = async", f"--parallel.tp_overlap backward, or {off}"
+    elif micro_batches < LEAST_GRAPHED:
+        samples = LEAST_GRAPHED * train.micro_batch_size * data_parallel_size(config, world_size)
+        reason = f"replays all micro-batches of a step but its first and last, and each data rank has {micro_batches}"
+        fix = f"--train.global_batch_size to at least {samples}, or {off}"
+    if reason:
+        raise ConfigError(f"train.cuda_graphs = true {reason}; set {fix}")
 
 
 RULES = (recompute_layers, rematerialization, float8)

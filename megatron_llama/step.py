@@ -15,6 +15,7 @@ from megatron_llama.pipeline_plan import stage_costs
 from megatron_llama.runtime import DTYPES, Runtime
 from parallel.collectives import Handle, start_all_reduce
 from parallel.errors import ConfigError
+from parallel.graphs import CudaGraphs, MicroBatchGraphs
 from parallel.pipeline.check import check_schedule
 from parallel.pipeline.schedules import SCHEDULES, Action
 from parallel.pipeline.speculation import SpeculativeStart, speculative_start
@@ -55,7 +56,8 @@ def make_engine(runtime: Runtime) -> Engine:
     config = runtime.config
     parallel, settings = config.parallel, optimizer_settings(config)
     if config.zero.engine == "deepspeed":
-        options = DeepSpeedOptions(config.zero.offload, config.train.micro_batch_size, further_settings(config))
+        zero, further = config.zero, further_settings(config)
+        options = DeepSpeedOptions(zero.offload, config.train.micro_batch_size, further, zero.offload_directory)
         return DeepSpeedZero(runtime.chunks, runtime.groups, settings, options)
     if not parallel.post_validation:
         return NativeZero(runtime.chunks, runtime.groups, settings, runtime.kernels)
@@ -94,6 +96,23 @@ def squared_document_lengths(micro_batches: Sequence[MicroBatch]) -> int:
     return total
 
 
+def make_graphs(runtime: Runtime) -> MicroBatchGraphs:
+    """What replays a step's inner micro-batches (`train.cuda_graphs`). Raises ConfigError on a device without graphs."""
+    if runtime.device.type != "cuda":
+        raise ConfigError(
+            f"train.cuda_graphs = true needs a GPU, and this run is on {runtime.device.type} (train.device = "
+            f"{runtime.config.train.device}): set --train.cuda_graphs false"
+        )
+    return MicroBatchGraphs(runtime.groups.ledger, CudaGraphs())
+
+
+def _bounded(batch: MicroBatch) -> MicroBatch:
+    """The same micro-batch, without the length of its longest document, which a graph would be bound to."""
+    if batch.documents is None:
+        return batch
+    return replace(batch, documents=replace(batch.documents, max_length=batch.tokens.shape[0]))
+
+
 class TrainStep:
     """Runs steps. `prepare` a batch one step ahead, then `run` it; neither makes the host wait for a GPU."""
 
@@ -109,10 +128,14 @@ class TrainStep:
         if isinstance(engine, PostValidatedZero):
             self.start = speculative_start(schedule, runtime.placement, rank, engine.validate)
         self.executor = runtime.executor(config.train.sequence_length, config.train.micro_batch_size, engine.chunks)
+        if config.train.cuda_graphs:
+            self.executor.graphs = make_graphs(runtime)
 
     def prepare(self, micro_batches: Sequence[MicroBatch]) -> Batch:
         """Move a step's micro-batches to the device and start counting over the global batch."""
         device = self.runtime.device
+        if self.executor.graphs is not None:
+            micro_batches = [_bounded(batch) for batch in micro_batches]
         counts = torch.tensor([target_count(micro_batches), squared_document_lengths(micro_batches)])  # still on the host
         counts = counts.to(device, non_blocking=True)
         counted = start_all_reduce(counts, self.runtime.groups.data)

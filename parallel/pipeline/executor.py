@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from parallel.graphs import MicroBatchGraphs
 from parallel.groups import ProcessGroups
 from parallel.pipeline.layout import Placement
 from parallel.pipeline.p2p import Mailbox, received, sent
@@ -32,7 +33,10 @@ class StepListener(Protocol):
     """
 
     def expect_passes(self, count: int) -> None:
-        """Every chunk makes the gradients of `count` backward passes in this step; said before the first of them."""
+        """Every chunk makes the gradients of `count` backward passes in this step; said before the first of them.
+
+        Replays of a graph are not among them: sinks are not told of theirs.
+        """
 
 
 @dataclass
@@ -51,8 +55,9 @@ class Executor:
     """Runs action lists over this rank's chunks.
 
     `shape` and `dtype` are those of the activations between stages. `trace`, where given, times the actions of the runs that
-    follow. Of the last run, `peak_in_flight` is the most micro-batches (times chunks) that were ever between forward and
-    backward pass, `peak_waiting` the most that were ever between I and W.
+    follow; `graphs`, where given, launch some of them, when training. Of the last run, `peak_in_flight` is the most
+    micro-batches (times chunks) that were ever between forward and backward pass by Python, `peak_waiting` the most that were
+    ever between I and W.
     """
 
     chunks: Sequence[nn.Module]
@@ -62,6 +67,7 @@ class Executor:
     dtype: torch.dtype
     device: torch.device
     trace: Trace | None = None
+    graphs: MicroBatchGraphs | None = None
     peak_in_flight: int = 0
     peak_waiting: int = 0
     _in_flight: dict[tuple[int, int], InFlight] = field(default_factory=dict)
@@ -92,11 +98,17 @@ class Executor:
             mailbox.discard(start.unread)
             return self.run(actions, micro_batches, listener)
         if listener is not None:
-            listener.expect_passes(sum(action.kind in ("B", "I") for action in actions if action.chunk == 0))
+            listener.expect_passes(self._passes(actions, micro_batches))
         mailbox.extend(actions[first:])
         self._perform(actions[first:], micro_batches, mailbox, outputs, train)
         mailbox.finish()
         return outputs
+
+    def _passes(self, actions: list[Action], micro_batches: Sequence[Any]) -> int:
+        """How many backward passes of each chunk tell the parameters' sinks of their gradients."""
+        if self.graphs is not None:
+            return self.graphs.begin_step(actions, micro_batches)
+        return sum(action.kind in ("B", "I") for action in actions if action.chunk == 0)
 
     def _perform(
         self, actions: list[Action], micro_batches: Sequence[Any], mailbox: Mailbox, outputs: list[Tensor], train: bool
@@ -135,7 +147,10 @@ class Executor:
             with self._span("wait", action):
                 arrived = mailbox.take(message)
         with self._span(action.kind, action):
-            made = self._compute(action, arrived, micro_batch, train)
+            if train and self.graphs is not None and self.graphs.replays(action):
+                made = self.graphs.run(action, micro_batch, lambda inputs: self._compute(action, arrived, inputs, train))
+            else:
+                made = self._compute(action, arrived, micro_batch, train)
         outgoing = sent(action, rank, self.placement)
         if outgoing is not None:
             assert made is not None
