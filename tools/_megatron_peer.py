@@ -75,7 +75,7 @@ class Megatron:
             pipeline_dtype=torch.float32,
             deallocate_pipeline_outputs=True,
             tensor_model_parallel_size=self.tp,
-            sequence_parallel=self.tp > 1,
+            sequence_parallel=self.tp > 1 and self.setting.config.parallel.sequence_parallel,
             pipeline_model_parallel_size=self.pp,
             num_layers_in_first_pipeline_stage=layers[0] if self.pp > 1 else None,
             num_layers_in_last_pipeline_stage=layers[-1] if self.pp > 1 else None,

@@ -14,7 +14,7 @@ ours            the executor, the kernels that `auto` chooses and the native eng
 transformers    one process: LlamaForCausalLM, sdpa attention; backward after each micro-batch, clip_grad_norm_,
                 AdamW(fused=True); parameters and gradients always fp32, in bf16 under torch.autocast
 deepspeed       dp: the same model under DeepSpeed ZeRO-1, with its gradient accumulation and the same AdamW
-megatron-core   tp and pp: GPTModel of the local spec, eager, with sdpa attention and torch's RMSNorm, sequence parallel, 1F1B,
+megatron-core   tp and pp: GPTModel of the local spec, eager, with sdpa attention and torch's RMSNorm, 1F1B,
                 fp32 gradient buffers, the same split of the layers as ours, and the same AdamW
 products        the floor: the matrix products of a step and nothing else, on as many processes, each with its rank's weights;
                 of each linear and the head, for every micro-batch, y = x W^T, dx = dy W and dW += dy^T x. The two products of

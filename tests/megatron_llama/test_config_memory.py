@@ -1,4 +1,4 @@
-"""The rules of recomputation, offload and float8, and what is said of sizes that float8 does not suit."""
+"""The rules of recomputation, offload, float8 and CUDA graphs, and what is said of sizes that float8 does not suit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_llama.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, ZeroConfig
-from megatron_llama.config_rules_memory import RULES, float8_advice, rather_not
+from megatron_llama.config_rules_memory import RULES, cuda_graphs, float8_advice, rather_not
 from megatron_llama.presets import preset_layer
 from megatron_llama.runtime import COMPILED, model_kernels
 from parallel.errors import ConfigError
@@ -56,6 +56,37 @@ def test_what_goes_together() -> None:
 def test_what_does_not(run: RunConfig, parts: list[str]) -> None:
     message = complaint(run)
     assert [part for part in parts if part not in message] == [], message
+
+
+def graphed(dp: int = 1, **parallel) -> RunConfig:
+    return config(parallel={"dp": dp, **parallel}, cuda_graphs=True, global_batch_size=6)
+
+
+@pytest.mark.parametrize(
+    ("run", "parts"),
+    [
+        (config(cuda_graphs=True, device="cpu"), ["train.device = cpu"]),
+        (graphed(pp=2), ["parallel.pp = 2"]),
+        (graphed(schedule="zb-h1"), ["parallel.schedule = zb-h1", "set --parallel.schedule 1f1b"]),
+        (graphed(schedule="gpipe"), ["parallel.schedule = gpipe", "set --parallel.schedule 1f1b"]),
+        (graphed(offload_layers=1), ["parallel.offload_layers = 1", "set --parallel.offload_layers 0"]),
+        (graphed(tp=2, tp_overlap="async"), ["tp_overlap = async", "set --parallel.tp_overlap backward"]),
+        (graphed(dp=3), ["each data rank has 2", "set --train.global_batch_size to at least 9"]),
+    ],
+)
+def test_what_cuda_graphs_do_not_go_with(run: RunConfig, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        cuda_graphs(run, world_size=1)
+    message = str(refused.value)
+    assert message.startswith("train.cuda_graphs = true ")
+    assert [part for part in parts if part not in message] == [], message
+    cuda_graphs(replace(run, train=replace(run.train, cuda_graphs=False)), world_size=1)
+
+
+def test_what_cuda_graphs_go_with() -> None:
+    for run in (graphed(), graphed(dp=2), graphed(schedule="auto"), graphed(recompute="full"), graphed(tp=2)):
+        cuda_graphs(run, world_size=1)
+    cuda_graphs(config(parallel={"tp_overlap": "async"}, cuda_graphs=True), world_size=1)  # there is nothing to overlap
 
 
 def test_float8_needs_a_gpu_that_has_it() -> None:
