@@ -20,9 +20,10 @@ from parallel.errors import ConfigError
 
 WAITING = (
     "parallel.cp",
+    "zero.offload_directory",
 )
 
-FURTHER = (*config_rules_memory.RULES, *config_rules_precision.RULES, *config_rules_zero.RULES)
+FURTHER = (*config_rules_memory.RULES, *config_rules_precision.RULES, config_rules_zero.engine_supports)
 
 
 def validate(config: RunConfig, world_size: int) -> None:

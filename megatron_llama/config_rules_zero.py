@@ -64,17 +64,6 @@ def engine_supports(config: RunConfig) -> None:
             )
 
 
-def offload_folder(config: RunConfig) -> None:
-    """A folder for the optimizer's files where they are asked for, and nowhere else."""
-    offload, folder = config.zero.offload, config.zero.offload_directory
-    if offload == "nvme" and not folder:
-        raise ConfigError("zero.offload = nvme needs a folder; set --zero.offload_directory to one on a fast local disk")
-    if folder and offload != "nvme":
-        raise ConfigError(
-            f"zero.offload_directory = {folder} is for zero.offload = nvme, not {offload}: remove it or set --zero.offload nvme"
-        )
-
-
 def wanted(config: RunConfig) -> Iterator[tuple[str, str]]:
     """The features of the support table that a run asks for, each with the setting that asks."""
     parallel, zero, train, optimizer = config.parallel, config.zero, config.train, config.optimizer
@@ -158,7 +147,6 @@ def _stated(config: RunConfig, world_size: int) -> dict[str, tuple[Any, str]]:
         "zero_optimization.overlap_comm": (zero.overlap, "zero.overlap"),
         "zero_optimization.reduce_bucket_size": (zero.bucket_size, "zero.bucket_size"),
         "zero_optimization.offload_optimizer.device": (zero.offload, "zero.offload"),
-        "zero_optimization.offload_optimizer.nvme_path": (zero.offload_directory, "zero.offload_directory"),
     }
 
 
@@ -200,6 +188,3 @@ def _read(config: RunConfig) -> dict[str, Any]:
         if not isinstance(content.get(section, {}), dict):
             raise ConfigError(f"zero.deepspeed_config {path} has {section} = {content[section]}; DeepSpeed wants an object")
     return content
-
-
-RULES = (engine_supports, offload_folder)
