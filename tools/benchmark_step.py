@@ -3,8 +3,8 @@
     python tools/benchmark_step.py --preset llama-20m --sequence-length 512
     python tools/benchmark_step.py --dp 4 --num-layers 4 --hidden-size 768 --num-heads 12 --num-kv-heads 12 \\
         --ffn-hidden-size 2048 --vocab-size 4096 --sequence-length 256
-    python tools/benchmark_step.py --tp 2 --pp 2 --num-layers 4 --hidden-size 1024 --num-heads 8 --num-kv-heads 8 \\
-        --ffn-hidden-size 2816 --vocab-size 4096 --sequence-length 128
+    python tools/benchmark_step.py --tp 2 --pp 2 --num-layers 4 --hidden-size 1536 --num-heads 12 --num-kv-heads 12 \\
+        --ffn-hidden-size 4096 --vocab-size 4096 --sequence-length 64 --parallel.sequence_parallel false
 
 Every contestant has processes of its own, one per rank, on gloo; the contestants take steps in turn, in another order in each
 round, while the others sleep. A ratio is the median of those of the rounds. A step ends when its weights are everywhere.
@@ -21,8 +21,9 @@ products        the floor: the matrix products of a step and nothing else, on as
                 attention (scaled_dot_product_attention, forward and backward) are timed after them and counted separately
 
 All start from the same weights, clip at norm 1.0 and do not decay norms; the tokens are random. Further --section.field flags
-are ours alone, as in training. The exit code is 1 where the first losses or gradient norms differ by more than TOLERANCES. On a
-machine shared with others trust CPU seconds, which are of all ranks together; wall seconds are those of the slowest rank.
+are ours alone, as in training, but parallel.sequence_parallel, which megatron-core has too. The exit code is 1 where the first
+losses or gradient norms differ by more than TOLERANCES. On a machine shared with others trust CPU seconds, which are of all
+ranks together; wall seconds are those of the slowest rank.
 """
 
 from __future__ import annotations
