@@ -20,10 +20,9 @@ from parallel.errors import ConfigError
 
 WAITING = (
     "parallel.cp",
-    "zero.offload_directory",
 )
 
-FURTHER = (*config_rules_memory.RULES, *config_rules_precision.RULES, config_rules_zero.engine_supports)
+FURTHER = (*config_rules_memory.RULES, *config_rules_precision.RULES, *config_rules_zero.RULES)
 
 
 def validate(config: RunConfig, world_size: int) -> None:

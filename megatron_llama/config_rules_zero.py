@@ -40,7 +40,6 @@ NOT_TAKEN = {
     "zero_optimization.compute_grad_norm": "",
     "zero_optimization.round_robin_gradients": "",
     "zero_optimization.parameter_alignment": "",
-    "zero_optimization.stage3_param_persistence_threshold": "",
     "bf16.immediate_grad_update": "",
     "bf16.check_grad_overflow": "",
     "steps_per_print": "log.every",
@@ -57,17 +56,28 @@ def engine_supports(config: RunConfig) -> None:
         )
     for feature, setting in wanted(config):
         refused = refusal(engine, stage, feature)
-        if refused is not None and not (feature == "zero_plus_plus" and stage == 3 and config.parallel.tp == 1):
+        if refused is not None:
             raise ConfigError(
                 f"{setting} cannot be had with zero.engine = {engine}, zero.stage = {stage}: {refused.because}; "
                 f"set {refused.instead}"
             )
 
 
+def offload_folder(config: RunConfig) -> None:
+    """A folder for the optimizer's files where they are asked for, and nowhere else."""
+    offload, folder = config.zero.offload, config.zero.offload_directory
+    if offload == "nvme" and not folder:
+        raise ConfigError("zero.offload = nvme needs a folder; set --zero.offload_directory to one on a fast local disk")
+    if folder and offload != "nvme":
+        raise ConfigError(
+            f"zero.offload_directory = {folder} is for zero.offload = nvme, not {offload}: remove it or set --zero.offload nvme"
+        )
+
+
 def wanted(config: RunConfig) -> Iterator[tuple[str, str]]:
     """The features of the support table that a run asks for, each with the setting that asks."""
     parallel, zero, train, optimizer = config.parallel, config.zero, config.train, config.optimizer
-    schedule = parallel.schedule
+    schedule, zero_plus_plus = parallel.schedule, _zero_plus_plus(config)
     asked = {
         "tensor": parallel.tp > 1 and f"parallel.tp = {parallel.tp}",
         "pipeline": parallel.pp > 1 and f"parallel.pp = {parallel.pp}",
@@ -84,7 +94,8 @@ def wanted(config: RunConfig) -> Iterator[tuple[str, str]]:
         "compile": train.compile and "train.compile = true",
         "cuda_graphs": train.cuda_graphs and "train.cuda_graphs = true",
         "float8": train.float8 != "none" and f"train.float8 = {train.float8}",
-        "zero_plus_plus": _zero_plus_plus(config),
+        "zero_plus_plus": zero_plus_plus,
+        "zero_plus_plus_tensor": parallel.tp > 1 and zero_plus_plus,
     }
     return ((feature, setting) for feature, setting in asked.items() if setting)
 
@@ -147,6 +158,7 @@ def _stated(config: RunConfig, world_size: int) -> dict[str, tuple[Any, str]]:
         "zero_optimization.overlap_comm": (zero.overlap, "zero.overlap"),
         "zero_optimization.reduce_bucket_size": (zero.bucket_size, "zero.bucket_size"),
         "zero_optimization.offload_optimizer.device": (zero.offload, "zero.offload"),
+        "zero_optimization.offload_optimizer.nvme_path": (zero.offload_directory, "zero.offload_directory"),
     }
 
 
@@ -188,3 +200,6 @@ def _read(config: RunConfig) -> dict[str, Any]:
         if not isinstance(content.get(section, {}), dict):
             raise ConfigError(f"zero.deepspeed_config {path} has {section} = {content[section]}; DeepSpeed wants an object")
     return content
+
+
+RULES = (engine_supports, offload_folder)

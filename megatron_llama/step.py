@@ -56,7 +56,8 @@ def make_engine(runtime: Runtime) -> Engine:
     config = runtime.config
     parallel, settings = config.parallel, optimizer_settings(config)
     if config.zero.engine == "deepspeed":
-        options = DeepSpeedOptions(config.zero.offload, config.train.micro_batch_size, further_settings(config))
+        zero, further = config.zero, further_settings(config)
+        options = DeepSpeedOptions(zero.offload, config.train.micro_batch_size, further, zero.offload_directory)
         return DeepSpeedZero(runtime.chunks, runtime.groups, settings, options)
     if not parallel.post_validation:
         return NativeZero(runtime.chunks, runtime.groups, settings, runtime.kernels)

@@ -12,7 +12,10 @@ counting per parameter cannot tell apart.
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -23,17 +26,19 @@ from parallel.collectives import all_reduce
 from parallel.groups import ProcessGroups
 from parallel.shards import TensorBox
 from parallel.tensor.parameter import ShardedParameter
+from parallel.zero.boxes import state_boxes
 from parallel.zero.buckets import BucketClass
 from parallel.zero.deepspeed_parts import (
     Bf16Parts,
     Partition,
+    Stage3FileParts,
     Stage3Parts,
     ZeroParts,
     class_of,
     flat_sinks,
     sum_replicas_by_hook,
 )
-from parallel.zero.deepspeed_setup import DeepSpeedOptions, deepspeed_settings, start_deepspeed
+from parallel.zero.deepspeed_setup import DeepSpeedOptions, deepspeed_settings, own_folder, start_deepspeed
 from parallel.zero.engine import Capabilities, OptimizerSettings, StepInfo
 from parallel.zero.grad_norm import local_squared_norm, sum_replicas
 
@@ -61,6 +66,9 @@ class DeepSpeedZero:
                 sum_replicas_by_hook(parameter, groups)
         own_sinks = direct and (dtype == torch.float32 or options.offload != "none")
         flats = [_own_sinks(members) for members in parameter_groups.values()] if own_sinks else []
+        if options.offload == "nvme":
+            options = replace(options, offload_directory=own_folder(options.offload_directory))
+            weakref.finalize(self, shutil.rmtree, options.offload_directory, ignore_errors=True)
         self._base = _base_optimizer(parameter_groups, settings)
         model, config = nn.ModuleList(chunks) if direct else chunks[0], deepspeed_settings(dtype, settings, options)
         self._deepspeed = start_deepspeed(model, self._base, groups, device, config)
@@ -80,17 +88,19 @@ class DeepSpeedZero:
         if name == "DeepSpeedZeroOptimizer":
             return ZeroParts(optimizer, data.rank, flats)
         assert name == "DeepSpeedZeroOptimizer_Stage3", f"DeepSpeed has chosen {name}, which this engine does not know"
-        return Stage3Parts(optimizer, data.rank, data.size)
+        kind = Stage3FileParts if optimizer.swap_optimizer else Stage3Parts
+        return kind(optimizer, data.rank, data.size)
 
     def _make_moments(self) -> None:
         """AdamW's state, made now: memory does not grow at the first step, and a checkpoint has where to load."""
-        for partition in self.buckets:
+        for number, partition in enumerate(self.buckets):
             master = partition.master
-            self._base.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
-            }
+            with self._parts.in_memory(number):
+                self._base.state[master] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                    "exp_avg": torch.zeros_like(master, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+                }
 
     # ---- during a step --------------------------------------------------------------------------------------------------
 
@@ -124,11 +134,12 @@ class DeepSpeedZero:
         the norm or a sum is not finite.
         """
         self.reduce_gradients()
-        squared_norm = local_squared_norm(self.buckets, data_copies=1).to(sums.device)
+        factor = self._parts.gradient_factor
+        squared_norm = local_squared_norm(self.buckets, data_copies=1).to(sums.device) * factor**2
         info = StepInfo(all_reduce(torch.cat([squared_norm[None], sums]), self.groups.world))
         where = self.buckets[0].master.device  # on the host under offload, where torch's own copy would not be waited for
-        if self.settings.clip_norm > 0:
-            self._base.grad_scale = (info.norm / self.settings.clip_norm).clamp(min=1.0).float().to(where)
+        excess = (info.norm / self.settings.clip_norm).clamp(min=1.0) if self.settings.clip_norm > 0 else 1.0
+        self._base.grad_scale = torch.as_tensor(excess / factor, dtype=torch.float32, device=where)
         self._base.found_inf = info.skipped.to(where)
         for group in self._base.param_groups:
             group["lr"] = learning_rate
@@ -163,28 +174,27 @@ class DeepSpeedZero:
     def weight_boxes(self, write: bool) -> Iterator[TensorBox]:
         """The fp32 weights of this rank's partitions as boxes of logical tensors.
 
-        `write`: only what this rank is to store (the first copy of each replica); otherwise everything it holds.
+        `write`: only what this rank is to store (of copies, its share); otherwise everything it holds.
         """
-        yield from self._boxes(write, "", lambda partition: partition.master)
+        yield from self._boxes(write, "", lambda partition: self._parts.whole(partition, partition.master))
 
     def optimizer_boxes(self, write: bool) -> Iterator[TensorBox]:
         """The optimizer's moments likewise, named `exp_avg/NAME` and `exp_avg_sq/NAME`."""
         if self.settings.algorithm == "adamw":
             for kind in ("exp_avg", "exp_avg_sq"):
-                yield from self._boxes(write, f"{kind}/", lambda partition, kind=kind: self._base.state[partition.master][kind])
+                yield from self._boxes(write, f"{kind}/", lambda partition, kind=kind: self._moment(partition, kind))
 
     def gradient_boxes(self) -> Iterator[TensorBox]:
         """The reduced gradients (fp32) of this rank's partitions, between `reduce_gradients` and the update."""
-        yield from self._boxes(False, "", lambda partition: partition.master_grad)
+        factor = self._parts.gradient_factor
+        yield from self._boxes(False, "", lambda partition: partition.master_grad * factor)
 
-    def _boxes(self, write: bool, prefix: str, flat_of) -> Iterator[TensorBox]:
-        for partition in self.buckets:
-            flat = flat_of(partition).detach()
-            for piece, place in partition.pieces():
-                segment = piece.segment
-                if write and segment.replica is not None and segment.replica.index != 0:
-                    continue
-                yield TensorBox(prefix + segment.name, segment.global_shape, piece.box, flat[place].view(piece.box.shape))
+    def _moment(self, partition: Partition, kind: str) -> Tensor:
+        return self._parts.whole(partition, self._base.state[partition.master][kind])
+
+    def _boxes(self, write: bool, prefix: str, flat_of: Callable[[Partition], Tensor]) -> Iterator[TensorBox]:
+        flats = (flat_of(partition).detach() for partition in self.buckets)
+        return state_boxes(self.buckets, flats, prefix, (0, 1) if write else None)
 
     @torch.no_grad()
     def load(self, fill: Callable[[Iterable[TensorBox]], object]) -> None:
@@ -209,9 +219,7 @@ def _own_sinks(parameters: Sequence[ShardedParameter]) -> Tensor:
     return flat
 
 
-def _base_optimizer(
-    groups: Mapping[BucketClass, list[ShardedParameter]], settings: OptimizerSettings
-) -> torch.optim.Optimizer:
+def _base_optimizer(groups: Mapping[BucketClass, list[ShardedParameter]], settings: OptimizerSettings) -> torch.optim.Optimizer:
     """torch's fused optimizer, which divides gradients by `grad_scale` and does nothing where `found_inf` is 1."""
     adam = settings.algorithm == "adamw"
     param_groups = [

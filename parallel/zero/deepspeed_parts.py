@@ -7,8 +7,11 @@ every private name of its that we rely on is in this module.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,7 +104,23 @@ def sum_replicas_by_hook(parameter: ShardedParameter, groups: ProcessGroups) -> 
     parameter.register_hook(summed)
 
 
-class Bf16Parts:
+class PartsInMemory:
+    """What holds where all state stays in memory, and gradients are sums.
+
+    `in_memory(i)`: partition i's master and moments are there inside this context. `whole`: a partition's master or moment, or
+    its file as a tensor. `gradient_factor`: what a `master_grad` is to be multiplied by.
+    """
+
+    gradient_factor = 1
+
+    def in_memory(self, number: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def whole(self, partition: Partition, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+class Bf16Parts(PartsInMemory):
     """BF16_Optimizer: stage 1 in bf16 with fp32 gradients. Our sinks are its own flat gradient buffer."""
 
     def __init__(self, optimizer: Any, rank: int) -> None:
@@ -138,7 +157,7 @@ class Bf16Parts:
         self.optimizer.update_lp_params()
 
 
-class ZeroParts:
+class ZeroParts(PartsInMemory):
     """DeepSpeedZeroOptimizer: stage 2; stage 1 in fp32 or with the optimizer on the host.
 
     `flats`: in stage 1 our sinks' buffers, one per group; empty in stage 2, which reduces in every backward pass.
@@ -189,14 +208,14 @@ class ZeroParts:
         self.optimizer.update_lp_params()
 
 
-class Stage3Parts:
+class Stage3Parts(PartsInMemory):
     """DeepSpeedZeroOptimizer_Stage3: every parameter is split over the data ranks by itself.
 
-    It averages where we need sums, so gradients are multiplied by the number of data ranks after the reduction.
+    It averages where we need sums: hence a factor, the number of data ranks, that the norm and the update make good for.
     """
 
     def __init__(self, optimizer: Any, rank: int, data_ranks: int) -> None:
-        self.optimizer, self.data_ranks = optimizer, data_ranks
+        self.optimizer, self.gradient_factor = optimizer, data_ranks
         lists = (optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat)
         self.partitions = [
             Partition(parameters, _parameter_slices(parameters, rank), master, weights)
@@ -220,22 +239,57 @@ class Stage3Parts:
     def take_gradients(self) -> None:
         offset = 0
         for partition in self.partitions:
-            size = partition.master.numel()
-            if self.optimizer.offload_optimizer:
-                partition.master_grad = partition.master.grad
-            else:
-                partition.master_grad = self.optimizer.grad_partitions_flat_buffer[offset : offset + size]
-            partition.master_grad.mul_(self.data_ranks)
+            size = partition.local_weights.numel()
+            partition.master_grad = self.optimizer.grad_partitions_flat_buffer[offset : offset + size]
             offset += size
 
     def publish(self) -> None:
         """Write the masters into this rank's parts of the weights, and gather those that are always whole."""
         optimizer = self.optimizer
         optimizer._partition_all_parameters()
-        for group in range(len(self.partitions)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        for number in range(len(self.partitions)):
+            with self.in_memory(number):
+                optimizer._reassign_or_swap_out_partitioned_parameters(number)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+class Stage3FileParts(Stage3Parts):
+    """Stage 3 with masters and moments in files, read and written for each update; partitions below 1 MiB stay in memory.
+
+    A file holds a partition's fp32 numbers and padding, so a mapping of it is the tensor, of which the system keeps in memory
+    what it likes.
+    """
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [*super().buffers, *self.optimizer.optimizer_swapper.swap_buffer_manager.all_buffers]
+
+    @contextmanager
+    def in_memory(self, number: int) -> Iterator[None]:
+        if not self.optimizer._swappable_optimizer_subgroup(number):
+            yield
+            return
+        self.optimizer._optimizer_states_and_gradient_swap_in(number)
+        yield
+        self.optimizer._optimizer_states_and_gradient_swap_out(number)
+
+    def whole(self, partition: Partition, tensor: Tensor) -> Tensor:
+        if tensor.numel() > 0:
+            return tensor
+        path = self._folder / f"{tensor.ds_id}.tensor.swp"
+        return torch.from_file(str(path), shared=True, size=partition.local_weights.numel(), dtype=tensor.dtype)
+
+    def publish(self) -> None:
+        """DeepSpeed's direct reads may go past what was written through mappings, so that goes to the disk first."""
+        for path in self._folder.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        super().publish()
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.optimizer.optimizer_swapper.swap_folder)
 
 
 def _flat_slices(parameters: Sequence[ShardedParameter], rank: int, size: int) -> Iterator[Slice]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -24,8 +25,6 @@ from parallel.launch import lent_environment, provide_local_rank
 from parallel.zero.engine import OptimizerSettings
 
 VERSION = "0.19.8"  # the one that was tested; its optimizers are reached into
-# Smaller parameters are never given up between uses in stage 3: some norm weights are used outside their module's forward.
-PERSISTENT_ELEMENTS = 100_000
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -36,6 +35,7 @@ class DeepSpeedOptions:
     offload: str = "none"
     micro_batch_size: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)
+    offload_directory: str = ""  # for offload = "nvme"
 
 
 def deepspeed_settings(dtype: torch.dtype, settings: OptimizerSettings, options: DeepSpeedOptions) -> dict[str, Any]:
@@ -50,10 +50,10 @@ def deepspeed_settings(dtype: torch.dtype, settings: OptimizerSettings, options:
     }
     if stage < 3 and not offloaded and not (stage == 1 and bf16):
         zero["compute_grad_norm"] = False
-    if stage == 3:
-        zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
     if offloaded:
         zero["offload_optimizer"] = {"device": options.offload}
+    if options.offload == "nvme":
+        zero["offload_optimizer"]["nvme_path"] = options.offload_directory
     made = {
         "train_micro_batch_size_per_gpu": options.micro_batch_size,
         "gradient_accumulation_steps": 1,
@@ -88,6 +88,8 @@ def start_deepspeed(
     silence = redirect_stdout(StringIO())  # it prints its memory use, whatever its logging is set to
     with lent_environment({"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(local_rank)}), silence:
         deepspeed = import_deepspeed()
+        if config["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
+            load_async_io(deepspeed)
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -113,6 +115,37 @@ def import_deepspeed() -> ModuleType:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+def load_async_io(deepspeed: ModuleType) -> None:
+    """DeepSpeed's extension for files, compiled at its first use on a machine. Raises ConfigError where it cannot be had."""
+    builder = deepspeed.ops.op_builder.AsyncIOBuilder()
+    if not builder.is_compatible():
+        raise ConfigError(
+            "zero.offload = nvme needs libaio, which is not found: apt-get install libaio-dev (Debian, Ubuntu), "
+            "dnf install libaio-devel (Fedora, RHEL), or set --zero.offload cpu"
+        )
+    try:
+        builder.load(verbose=False)
+    except (RuntimeError, ImportError, OSError) as error:
+        raise ConfigError(
+            f"zero.offload = nvme needs DeepSpeed's extension async_io, which cannot be compiled or loaded ({error}): "
+            "install g++ and ninja, or set --zero.offload cpu"
+        ) from error
+
+
+def own_folder(directory: str) -> str:
+    """A new folder in `directory` for this process alone. Raises ConfigError where files can't be written past the cache."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory) as probe:
+            os.close(os.open(probe.name, os.O_RDWR | os.O_DIRECT))
+        return tempfile.mkdtemp(prefix="optimizer-", dir=directory)
+    except OSError as error:
+        raise ConfigError(
+            f"zero.offload_directory = {directory} cannot hold files for direct reads and writes: {error.strerror}; "
+            "give a folder on a local disk"
+        ) from error
 
 
 @contextmanager

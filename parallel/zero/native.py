@@ -23,6 +23,7 @@ from parallel.groups import Axis, ProcessGroups
 from parallel.kernels.table import Kernels, resolve_kernels
 from parallel.shards import TensorBox
 from parallel.tensor.parameter import ShardedParameter
+from parallel.zero.boxes import state_boxes
 from parallel.zero.buckets import Bucket, Sharding, make_buckets
 from parallel.zero.engine import Capabilities, OptimizerSettings, StepInfo
 from parallel.zero.grad_norm import local_squared_norm, sum_replicas
@@ -153,7 +154,7 @@ class NativeZero:
     def weight_boxes(self, write: bool) -> Iterator[TensorBox]:
         """The fp32 weights of this rank's shards as boxes of logical tensors.
 
-        `write`: only what this rank is to store (the first copy of each replica); otherwise everything it holds.
+        `write`: only what this rank is to store (of copies, its share); otherwise everything it holds.
         """
         yield from self._boxes(write, "", self.update.read("master"))
 
@@ -167,15 +168,8 @@ class NativeZero:
         yield from self._boxes(False, "", [bucket.master_grad for bucket in self.buckets])
 
     def _boxes(self, write: bool, prefix: str, flats: Iterable[Tensor]) -> Iterator[TensorBox]:
-        """The boxes of one flat fp32 tensor per bucket, which covers its shard."""
-        if write and self.copies_axis.rank != 0:
-            return
-        for bucket, flat in zip(self.buckets, flats, strict=True):
-            for piece, place in bucket.pieces():
-                segment = piece.segment
-                if write and segment.replica is not None and segment.replica.index != 0:
-                    continue
-                yield TensorBox(prefix + segment.name, segment.global_shape, piece.box, flat[place].view(piece.box.shape))
+        copies = self.copies_axis
+        return state_boxes(self.buckets, flats, prefix, (copies.rank, copies.size) if write else None)
 
     @torch.no_grad()
     def load(self, fill: Callable[[Iterable[TensorBox]], object]) -> None:

@@ -20,7 +20,8 @@ FEATURES: Mapping[str, str] = {  # the table's columns, and what stands above th
     "compile": "compile",
     "cuda_graphs": "CUDA graphs",
     "float8": "float8",
-    "zero_plus_plus": "ZeRO++",
+    "zero_plus_plus": "ZeRO++ (CUDA)",
+    "zero_plus_plus_tensor": "ZeRO++ with tp",
 }
 
 
@@ -36,16 +37,19 @@ _STAGE_1 = "--zero.stage 1"
 _NATIVE = "--zero.engine native"
 _NOT_DEEPSPEED = Refusal("only the native engine has it", _NATIVE)
 _NOT_NATIVE = Refusal("the native engine keeps its state on the device", "--zero.engine deepspeed, or --zero.offload none")
+_FILES_NOT_NATIVE = Refusal(_NOT_NATIVE.because, "--zero.engine deepspeed --zero.stage 3, or --zero.offload none")
+_STAGE_3_FILES = Refusal("DeepSpeed's other stages would keep it in host memory", "--zero.stage 3, or --zero.offload cpu")
 _ZERO_PLUS_PLUS = Refusal("it is of DeepSpeed's stage 3", "--zero.engine deepspeed --zero.stage 3, or remove it from the file")
 
-_NATIVE_ROW = {"host_offload": _NOT_NATIVE, "file_offload": _NOT_NATIVE, "zero_plus_plus": _ZERO_PLUS_PLUS}
+_NO_ZERO_PLUS_PLUS = {"zero_plus_plus": _ZERO_PLUS_PLUS, "zero_plus_plus_tensor": _ZERO_PLUS_PLUS}
+
+_NATIVE_ROW = {"host_offload": _NOT_NATIVE, "file_offload": _FILES_NOT_NATIVE, **_NO_ZERO_PLUS_PLUS}
 _DEEPSPEED_ROW = {
     "post_validation": _NOT_DEEPSPEED,
     "fp16": Refusal("its loss scale is not the engine's own, which is checked and saved", f"--train.dtype bf16, or {_NATIVE}"),
     "shard_groups": Refusal("DeepSpeed shards over all data ranks", f"--zero.shard_group_size 0, or {_NATIVE}"),
     "bf16_gradients": Refusal("gradients add up in fp32 under DeepSpeed", f"--zero.gradient_dtype fp32, or {_NATIVE}"),
     "narrow_state": Refusal("DeepSpeed's masters and moments are fp32", _NATIVE),
-    "file_offload": Refusal("DeepSpeed's files, read and written through libaio, were never tried", "--zero.offload cpu"),
     "cuda_graphs": Refusal("it was never tried under DeepSpeed", f"--train.cuda_graphs false, or {_NATIVE}"),
 }
 _BY_HOOKS = {
@@ -74,21 +78,18 @@ REFUSALS: Mapping[tuple[str, int], Mapping[str, Refusal]] = {
             _NATIVE,
         )
     },
-    ("deepspeed", 1): {**_DEEPSPEED_ROW, "zero_plus_plus": _ZERO_PLUS_PLUS},
-    ("deepspeed", 2): {**_DEEPSPEED_ROW, **_BY_HOOKS, "zero_plus_plus": _ZERO_PLUS_PLUS},
+    ("deepspeed", 1): {**_DEEPSPEED_ROW, "file_offload": _STAGE_3_FILES, **_NO_ZERO_PLUS_PLUS},
+    ("deepspeed", 2): {**_DEEPSPEED_ROW, **_BY_HOOKS, "file_offload": _STAGE_3_FILES, **_NO_ZERO_PLUS_PLUS},
     ("deepspeed", 3): {
         **_DEEPSPEED_ROW,
         **_BY_HOOKS,
         "pipeline": Refusal("DeepSpeed compares the order of modules over all ranks, and hangs where it differs", _STAGE_1),
-        "zero_plus_plus": Refusal(
+        "zero_plus_plus_tensor": Refusal(
             "its groups are runs of neighbouring ranks, which are tensor ranks here: the losses would be wrong",
             "--parallel.tp 1, or remove it from the file",
         ),
         "float8": Refusal("it was never tried with weights that come and go", f"--train.float8 none, or {_STAGE_1}"),
     },
-}
-CONDITIONS = {  # refused in some cases only, which the rules know
-    ("deepspeed", 3, "zero_plus_plus"): "tp 1 and CUDA",
 }
 
 
@@ -107,7 +108,7 @@ def matrix() -> str:
         f"|---|{'---|' * len(FEATURES)}",
     ]
     for (engine, stage), row in REFUSALS.items():
-        cells = [CONDITIONS.get((engine, stage, feature)) or _cell(row, feature) for feature in FEATURES]
+        cells = [_cell(row, feature) for feature in FEATURES]
         lines.append(f"| {engine} {stage} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

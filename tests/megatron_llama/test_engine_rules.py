@@ -41,7 +41,7 @@ def file_of(folder: Path, content: object) -> list[str]:
 
 
 def test_every_feature_of_the_table_can_be_asked_for():
-    assert set(ASKED) | {"zero_plus_plus"} == set(FEATURES)
+    assert set(ASKED) | {"zero_plus_plus", "zero_plus_plus_tensor"} == set(FEATURES)
 
 
 @pytest.mark.parametrize(("engine", "stage"), REFUSALS)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from parallel.zero import deepspeed_setup
 from tests.megatron_llama.programs import STEPS, start, succeed, values
 from tests.with_deepspeed import deepspeed_imported  # noqa: F401
 
@@ -15,16 +14,13 @@ DEEPSPEED = ["--config", "config.toml", "--zero.engine", "deepspeed"]
 pytestmark = pytest.mark.usefixtures("deepspeed_imported")
 
 
-def let_matrices_come_and_go(rank: int) -> None:
-    """In so small a model all weights would stay."""
-    deepspeed_setup.PERSISTENT_ELEMENTS = 200
-
-
 def test_a_native_run_goes_on_under_stage_3_with_evaluations(run: Path, workplace: Path) -> None:
     """Evaluation calls the stages whose weights are elsewhere between uses."""
     few = ["--log.directory", "other", "--train.evaluate_every", "2"]
     succeed("train", "--config", "config.toml", *few, "--train.exit_step", "2")
-    printed = succeed("train", *DEEPSPEED, "--zero.stage", "3", *few, ranks=2, change=let_matrices_come_and_go)
+    Path("settings.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}', encoding="utf-8")
+    stage_3 = ["--zero.stage", "3", "--zero.deepspeed_config", "settings.json"]  # so small weights would not come and go
+    printed = succeed("train", *DEEPSPEED, *stage_3, *few, ranks=2)
     assert "adamw, deepspeed ZeRO stage 3 over 2 data ranks" in printed
     assert values(Path("other")) == pytest.approx(values(run), abs=TOLERANCE)
     held_out = values(Path("other"), "valid_loss")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from dataclasses import replace
 from functools import cache
@@ -11,7 +12,6 @@ import pytest
 import torch
 
 from megatron_llama.config import ZeroConfig
-from parallel.zero import deepspeed_setup
 from tests.parity.comparison import BF16_LOSS_TOLERANCE, LOSS_TOLERANCE, differences, reference, relative
 from tests.parity.test_parity import ODD_VOCABULARY, ONE_KV_HEAD, SGD, SHALLOW, SMALL_BATCH, TIED, layout
 from tests.parity.test_resume import assert_same_state, check_pair, resume, train_and_save
@@ -22,8 +22,13 @@ from tests.with_deepspeed import deepspeed_imported  # noqa: F401
 pytestmark = pytest.mark.usefixtures("deepspeed_imported")
 
 
+# In stage 3 weights as small as these would otherwise stay where they are between uses.
+COME_AND_GO = str(Path(__file__).with_name("come_and_go.json"))
+
+
 def deepspeed(stage: int = 1, **settings) -> ZeroConfig:
-    return ZeroConfig(engine="deepspeed", stage=stage, **settings)
+    further = {"deepspeed_config": COME_AND_GO} if stage == 3 else {}
+    return ZeroConfig(engine="deepspeed", stage=stage, **(further | settings))
 
 
 BF16 = replace(SMALL_BATCH, dtype="bf16")
@@ -71,13 +76,7 @@ def name(case: Case) -> str:
 
 @cache
 def outcomes(case: Case) -> list[Outcome]:
-    return run_ranks(case.world_size, train_with_gathers, case)
-
-
-def train_with_gathers(rank: int, world_size: int, case: Case) -> Outcome:
-    """In stage 3 the matrices of this small model are to come and go too; only the norm weights stay."""
-    deepspeed_setup.PERSISTENT_ELEMENTS = 200
-    return train(rank, world_size, case)
+    return run_ranks(case.world_size, train, case)
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES)], ids=name)
@@ -100,9 +99,8 @@ PAIRS = [(DEEPSPEED_1, DEEPSPEED_3), (DEEPSPEED_3, NATIVE), pytest.param(NATIVE,
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=name)
-def test_a_run_changes_engine_on_resume(source: Case, target: Case, tmp_path: Path, monkeypatch) -> None:
+def test_a_run_changes_engine_on_resume(source: Case, target: Case, tmp_path: Path) -> None:
     """Weights, moments and the count of steps are those that were saved, bit for bit, and training goes on from them."""
-    monkeypatch.setattr(deepspeed_setup, "PERSISTENT_ELEMENTS", 200)
     check_pair(source, target, tmp_path, exact=False)
 
 
@@ -150,8 +148,68 @@ def test_a_step_that_is_not_finite_anywhere_is_skipped_everywhere(stage: int, ba
             assert all(torch.equal(a.tensor, b.tensor) for a, b in boxes)
 
 
+# Partitions of 1 MiB and more go to files, and of their gradients those that are as large; the rest stays in memory.
+WIDE = replace(SHALLOW, hidden_size=256, ffn_hidden_size=1024)
+
+
+@pytest.fixture
+def in_files(tmp_path: Path) -> Case:
+    """Stage 3 with its state in files, in several partitions."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("libaio is not installed")
+    settings = tmp_path / "deepspeed.json"
+    content = {"sub_group_size": 500_000, "stage3_param_persistence_threshold": 0}
+    settings.write_text(json.dumps({"zero_optimization": content}), encoding="utf-8")
+    zero = deepspeed(3, offload="nvme", offload_directory=str(tmp_path / "state"), deepspeed_config=str(settings))
+    return Case("files", layout(dp=2), WIDE, SMALL_BATCH, zero=zero)
+
+
+def train_and_look(rank: int, world_size: int, case: Case) -> tuple[Outcome, list[int], list[int]]:
+    """What training gave, and after a step how much of each partition's master is in memory, and what files there are."""
+    session = Session(rank, world_size, case)
+    for step in range(4):
+        session.step(step)
+    held = [partition.master.numel() for partition in session.engine.buckets]
+    files = Path(case.zero.offload_directory or "none").rglob(f"rank{rank}/*.swp")
+    return session.finish(), held, [path.stat().st_size for path in files]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_state_in_files_is_the_same_as_in_memory(dtype: str, in_files: Case) -> None:
+    case = replace(in_files, train=replace(SMALL_BATCH, dtype=dtype))
+    in_memory = replace(case, zero=replace(case.zero, offload="none", offload_directory=""))
+    found, expected = (run_ranks(2, train_and_look, one) for one in (case, in_memory))
+    for (ours, held, files), (theirs, held_without, files_without) in zip(found, expected, strict=True):
+        large = [size for size in held_without if size * 4 >= 2**20]
+        assert held == [0 if size in large else size for size in held_without] and 1 < len(large) < len(held)
+        assert sum(files) >= 3 * 4 * sum(large) and not files_without
+        assert ours.losses == theirs.losses and ours.norms == theirs.norms
+        for what in ("weights", "optimizer"):
+            boxes = zip(getattr(ours, what), getattr(theirs, what), strict=True)
+            assert all(torch.equal(a.tensor, b.tensor) for a, b in boxes)
+
+
+@pytest.mark.slow
+def test_same_as_one_process_with_state_in_files(in_files: Case) -> None:
+    assert differences(in_files, run_ranks(2, train, in_files)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["files", "native"])
+def test_a_run_with_state_in_files_resumes(other: str, in_files: Case, tmp_path: Path) -> None:
+    """Into files bit for bit; to the native engine and back with the same state."""
+    native = Case("native", layout(tp=2), WIDE, SMALL_BATCH)
+    if other == "files":
+        check_pair(in_files, in_files, tmp_path / "run", exact=True)
+        return
+    check_pair(in_files, native, tmp_path / "there", exact=False)
+    check_pair(native, in_files, tmp_path / "back", exact=False)
+
+
 def losses_on_a_gpu(case: Case) -> list[float]:
-    deepspeed_setup.PERSISTENT_ELEMENTS = 200
     session = Session(0, 1, case, device="cuda")
     for step in range(8):
         session.step(step)

@@ -113,11 +113,11 @@ def small_net(dtype: torch.dtype) -> torch.nn.Sequential:
 
 def one_step(rank: int, world_size: int, stage: int, native: bool, passes: int):
     """A second step's traffic, the state's bytes, and what was printed or left in the environment."""
-    deepspeed_setup.PERSISTENT_ELEMENTS = 0
     before = dict(os.environ)
     net, groups = small_net(torch.bfloat16), grid(rank, dp=world_size)
     settings = OptimizerSettings(zero_stage=stage)
-    at_once = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    names = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size", "param_persistence_threshold")
+    at_once = {f"stage3_{name}": 0 for name in names}
     options = DeepSpeedOptions(extra={"zero_optimization": at_once} if stage == 3 else {})  # nothing stays from F to B
     engine = NativeZero([net], groups, settings) if native else DeepSpeedZero([net], groups, settings, options)
     left = {name for name in os.environ if os.environ[name] != before.get(name)}

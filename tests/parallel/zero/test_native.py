@@ -97,20 +97,17 @@ def test_training_is_torchs_on_the_whole_parameters(base, stage, size):
         torch.testing.assert_close(sum_of_parts(written, right), right, **TOLERANCE)
     held = coverage([part for rank in ranks for part in rank["weights"]], weights)
     assert all((count == (1 if stage else size)).all() for count in held.values())
-    if stage == 0:
-        assert all(not rank["written weights"] for rank in ranks[1:])
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_an_optimizer_that_is_sharded_over_some_of_the_ranks_is_the_same_and_written_once(stage):
     weights, norms, moments = reference(ADAMW, 4)
     ranks = run_ranks(4, train, settings_of(ADAMW, zero_stage=stage), 2)
-    for number, rank in enumerate(ranks):
+    for rank in ranks:
         assert rank["norms"] == pytest.approx(norms, rel=1e-5) and rank["norms"] == ranks[0]["norms"]
         assert all(torch.equal(p, ranks[0]["parameters"][name]) for name, p in rank["parameters"].items())
         torch.testing.assert_close(rank["parameters"], weights, **TOLERANCE)
         assert rank["state"] == 2 * rank["bucket sizes"] // 2
-        assert bool(rank["written weights"]) == bool(rank["written moments"]) == (number < 2), "one copy is written"
     written = [part for rank in ranks for part in rank["written moments"]]
     assert all((count == 1).all() for count in coverage(written, moments).values())
     torch.testing.assert_close(sum_of_parts(written, moments), moments, **TOLERANCE)
