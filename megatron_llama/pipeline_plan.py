@@ -18,6 +18,7 @@ from parallel.pipeline.choice import candidates, choose_schedule, require_fit
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.layout import Placement, balance_layers
 from parallel.pipeline.schedules import SCHEDULES
+from parallel.tensor.head_loss import chunk_tokens
 
 AUTO_CHUNKS = (1, 2, 4)
 DEVICE_FLOPS = 150e12  # assumed: about half of an A100's bf16 peak
@@ -28,33 +29,30 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one token: `linear` is one product with all weights, `scores` the attention scores and their use."""
+    """FLOPs of one token in each kind of action."""
 
-    linear: float
-    scores: float = 0.0
-
-    @property
-    def forward(self) -> float:
-        return self.linear + self.scores
-
-    @property
-    def input_backward(self) -> float:
-        return self.linear + 2 * self.scores
-
-    @property
-    def weight_backward(self) -> float:
-        return self.linear
+    forward: float
+    input_backward: float
+    weight_backward: float
 
 
 def layer_work(model: ModelConfig, sequence_length: int) -> Work:
-    """Of one block; a query sees s / 2 keys on average."""
+    """Of one block: a product with all weights in each action, and the attention scores, where a query sees s / 2 keys."""
     query = model.num_heads * model.head_dim
-    return Work(2.0 * (layer_parameter_count(model) - 2 * model.hidden_size), 2.0 * query * sequence_length)
+    linear, scores = 2.0 * (layer_parameter_count(model) - 2 * model.hidden_size), 2.0 * query * sequence_length
+    return Work(linear + scores, linear + 2 * scores, linear)
 
 
-def head_work(model: ModelConfig) -> Work:
-    """Of the output head."""
-    return Work(2.0 * model.hidden_size * model.vocab_size)
+def head_work(model: ModelConfig, chunked: bool = False) -> Work:
+    """Of the output head. In chunks it makes all its gradients in the forward pass (parallel/tensor/head_loss.py)."""
+    linear = 2.0 * model.hidden_size * model.vocab_size
+    return Work(3 * linear, 0.0, 0.0) if chunked else Work(linear, linear, linear)
+
+
+def _head_is_chunked(config: RunConfig) -> bool:
+    tokens = config.train.micro_batch_size * config.train.sequence_length
+    rows = -(-config.model.vocab_size // config.parallel.tp)
+    return chunk_tokens(tokens, rows * VALUE_BYTES[config.train.dtype]) < tokens
 
 
 def stage_layers(config: RunConfig, placement: Placement) -> Sequence[int]:
@@ -116,7 +114,7 @@ def stage_costs(config: RunConfig, placement: Placement) -> Costs:
     """Seconds of the actions of each global stage, and GiB that they keep."""
     model, train, parallel = config.model, config.train, config.parallel
     layers = stage_layers(config, placement)
-    layer, head = layer_work(model, train.sequence_length), head_work(model)
+    layer, head = layer_work(model, train.sequence_length), head_work(model, _head_is_chunked(config))
     tokens = train.micro_batch_size * train.sequence_length
     second = DEVICE_FLOPS * parallel.tp / tokens  # in FLOPs of one token
 

@@ -59,7 +59,7 @@ class VocabularyParallelHead(ColumnParallelLinear):
         if targets is None:
             return super().forward(x)
         assert token_weights is not None
-        if chunk_tokens(targets.numel(), self.weight) == targets.numel():
+        if chunk_tokens(targets.numel(), _logit_bytes(self.weight)) == targets.numel():
             losses = self.kernels.cross_entropy(super().forward(x), targets, self.vocabulary, self.tp)
             return (losses * token_weights).sum()
         if torch.is_grad_enabled():
@@ -70,11 +70,15 @@ class VocabularyParallelHead(ColumnParallelLinear):
         return all_gather(x, self.tp) if self.sequence_parallel else x
 
 
-def chunk_tokens(tokens: int, weight: Tensor) -> int:
-    """Tokens of one chunk: all, or equal parts whose logits stay below CHUNK_BYTES."""
-    most = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+def chunk_tokens(tokens: int, logit_bytes: int) -> int:
+    """Tokens of one chunk: all, or equal parts whose logits, of `logit_bytes` per token, stay below CHUNK_BYTES."""
+    most = max(1, CHUNK_BYTES // logit_bytes)
     chunks = -(-tokens // most)
     return -(-tokens // chunks)
+
+
+def _logit_bytes(weight: Tensor) -> int:
+    return weight.shape[0] * weight.element_size()
 
 
 def _loss(
@@ -85,7 +89,7 @@ def _loss(
     kernels, weight, tp = head.kernels, head.weight, head.tp
     rows, targets, scale = x.flatten(0, -2), targets.flatten(), token_weights.flatten()
     losses = torch.empty_like(scale, dtype=torch.float32)
-    size = chunk_tokens(len(rows), weight)
+    size = chunk_tokens(len(rows), _logit_bytes(weight))
     for start in range(0, len(rows), size):
         chunk = slice(start, start + size)
         logits = kernels.fprop(rows[chunk], weight)

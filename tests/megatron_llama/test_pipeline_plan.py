@@ -83,6 +83,15 @@ def test_the_last_stage_has_fewer_layers_where_the_head_is_heavy() -> None:
     assert stage_layers(config(small, pp=4, layers_per_stage=(3, 3, 3, 3)), Placement(4)) == (3, 3, 3, 3)
 
 
+def test_a_head_in_chunks_does_all_its_work_in_the_forward_pass() -> None:
+    llama_3 = replace(SEVEN_B, vocab_size=128_256)
+    whole, chunked = (stage_costs(config(llama_3, length=length, pp=4), Placement(4)) for length in (512, 2048))
+    head = head_work(llama_3, chunked=True)
+    assert (head.forward, head.input_backward, head.weight_backward) == (3 * head_work(llama_3).forward, 0, 0)
+    for costs, more_forward in ((whole, False), (chunked, True)):
+        assert (costs.forward[-1] > costs.weight_backward[-1] * 2) == more_forward
+
+
 def test_a_split_backward_takes_as_long_as_a_whole_one() -> None:
     costs = stage_costs(config(SEVEN_B, length=2048, pp=4), Placement(4))
     for whole, inputs, weights in zip(costs.backward, costs.input_backward, costs.weight_backward, strict=True):

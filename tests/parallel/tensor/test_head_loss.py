@@ -107,10 +107,10 @@ def test_loss_and_gradients_are_those_of_whole_logits(size, sequence_parallel, w
 
 
 def test_chunks_are_equal_parts_below_the_bound():
-    weight = torch.empty(24, HIDDEN)
-    assert [chunk_tokens(tokens, weight) for tokens in (1, 16, 17, 36, 1000)] == [1, 16, 9, 12, 16]
-    assert chunk_tokens(36, torch.empty(10**6, 1)) == 1  # never none
-    assert chunk_tokens(64, weight.bfloat16()) == 32
+    logits = 24 * 4
+    assert [chunk_tokens(tokens, logits) for tokens in (1, 16, 17, 36, 1000)] == [1, 16, 9, 12, 16]
+    assert chunk_tokens(36, 4 * 10**6) == 1  # never none
+    assert chunk_tokens(64, logits // 2) == 32
 
 
 def test_logits_never_exist_whole():
