@@ -8,6 +8,7 @@ wait and never the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -48,6 +49,11 @@ class All:
             handle.wait()
 
 
+def _range(kind: str, axis: Axis) -> AbstractContextManager:
+    """A range of this name in a profile, where one is being made; entering one costs more than a Python call."""
+    return record_function(f"{kind}/{axis.name}") if torch.autograd._profiler_enabled() else nullcontext()
+
+
 def _size_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -63,7 +69,7 @@ def start_all_reduce(tensor: Tensor, axis: Axis, op: dist.ReduceOp = dist.Reduce
         return Done()
     assert tensor.is_contiguous()
     axis.record("all_reduce", 2 * _size_bytes(tensor) * (axis.size - 1) // axis.size)
-    with record_function(f"all_reduce/{axis.name}"):
+    with _range("all_reduce", axis):
         return dist.all_reduce(tensor, op=op, group=axis.group, async_op=True)
 
 
@@ -84,7 +90,7 @@ def start_all_gather(tensor: Tensor, axis: Axis, out: Tensor | None = None) -> t
     if out is None:
         out = tensor.new_empty((axis.size * tensor.shape[0], *tensor.shape[1:]))
     axis.record("all_gather", _size_bytes(tensor) * (axis.size - 1))
-    with record_function(f"all_gather/{axis.name}"):
+    with _range("all_gather", axis):
         if _size_bytes(tensor) >= LARGE_BYTES and _is_gloo(tensor, axis):
             parts = out.view(axis.size, *tensor.shape)  # gloo's own all-gather copies everything once more
             return out, _start_all_to_all(parts, tensor.expand_as(parts), axis)
@@ -126,7 +132,7 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis, out: Tensor | None = None) 
     if out is None:
         out = tensor.new_empty((tensor.shape[0] // axis.size, *tensor.shape[1:]))
     axis.record("reduce_scatter", _size_bytes(tensor) // axis.size * (axis.size - 1))
-    with record_function(f"reduce_scatter/{axis.name}"):
+    with _range("reduce_scatter", axis):
         if out.dtype == tensor.dtype and dist.get_backend(axis.group) != "gloo":
             return out, _reduce_scatter_into(out, tensor, group=axis.group, async_op=True)
         pieces = torch.empty_like(tensor)
@@ -187,7 +193,7 @@ def start_broadcast(tensor: Tensor, axis: Axis, source: int) -> Handle:
     if axis.size == 1:
         return Done()
     axis.record("broadcast", _size_bytes(tensor) if axis.rank == source else 0)
-    with record_function(f"broadcast/{axis.name}"):
+    with _range("broadcast", axis):
         return dist.broadcast(tensor, src=axis.ranks[source], group=axis.group, async_op=True)
 
 
@@ -225,7 +231,7 @@ def start_exchange(tensor: Tensor, out: Tensor, axis: Axis, shift: int) -> Handl
     assert tensor.is_contiguous() and out.is_contiguous()
     target, source = ((axis.rank + step) % axis.size for step in (-shift, shift))
     axis.record("exchange", _size_bytes(tensor))
-    with record_function(f"exchange/{axis.name}"):
+    with _range("exchange", axis):
         return All(_exchange(tensor, out, axis, target, source))
 
 

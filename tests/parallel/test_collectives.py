@@ -251,3 +251,14 @@ def test_a_reduction_in_place_wants_a_contiguous_tensor():
     axis = Axis("tp", 0, 2, (0, 1), None, Ledger())
     with pytest.raises(AssertionError):
         start_all_reduce(torch.zeros(3, 2).t(), axis)
+
+
+def ranges_of_a_profile(rank, world_size):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call_each(rank, world_size)
+    return {event.name for event in profile.events()}
+
+
+def test_a_profile_names_kind_and_axis():
+    names = run_ranks(2, ranges_of_a_profile)[0]
+    assert {"all_reduce/tp", "all_gather/tp", "reduce_scatter/tp", "broadcast/tp"} <= names
