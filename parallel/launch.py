@@ -1,91 +1,71 @@
-"""Who am I: rank facts from torchrun or from being alone, the rendezvous, and the device.
+"""Who am I: rank facts from the launcher, the rendezvous, and the device.
 
-The only module that reads the environment, or changes it for a library. `DETECTORS` is the door through which SLURM and MPI
-come: each looks at the environment and returns the facts, or None where it is not its launcher.
+The only module that reads the environment, or changes it for a library. What each launcher says is in launchers.py.
 """
 
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from parallel import launchers
 from parallel.errors import LaunchError
+from parallel.launchers import Launch, MeetingPoint
 
+__all__ = ["Launch", "choose_device", "detect", "lent_environment", "provide_local_rank", "start", "stop"]
 
-@dataclass(frozen=True)
-class Launch:
-    """This process among all: global `rank` of `world_size`, `local_rank` of `local_world_size` on this node."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-    launcher: str = "one process"
-
-
-def _from_torchrun(environment: Mapping[str, str]) -> Launch | None:
-    if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        return None
-    values = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        if name not in environment:
-            raise LaunchError(f"the environment has RANK or WORLD_SIZE but no {name}: start with torchrun, or unset them all")
-        try:
-            values[name] = int(environment[name])
-        except ValueError:
-            raise LaunchError(f"{name}={environment[name]!r} in the environment is not an integer") from None
-    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if not 0 <= values[rank] < values[size]:
-            raise LaunchError(f"{rank}={values[rank]} is not below {size}={values[size]}")
-    return Launch(values["RANK"], values["LOCAL_RANK"], values["WORLD_SIZE"], values["LOCAL_WORLD_SIZE"], "torchrun")
-
-
-DETECTORS = (_from_torchrun,)
+NAMED_RANKS = 8  # that an error lists
 
 
 def detect(environment: Mapping[str, str] | None = None) -> Launch:
     """Rank facts of this process. Raises LaunchError where the environment contradicts itself."""
-    environment = os.environ if environment is None else environment
-    for detector in DETECTORS:
-        launch = detector(environment)
-        if launch is not None:
-            return launch
-    return Launch()
+    launch = launchers.detect(os.environ if environment is None else environment)
+    if launch.launcher == "srun" and "mpi4py.MPI" in sys.modules:
+        _check_mpi(launch, "start with srun --mpi=pmix (or pmi2, as your MPI was built), or with mpirun inside the job")
+    return launch
 
 
 def choose_device(launch: Launch, wanted: str = "auto") -> torch.device:
-    """The device of this rank: `cuda:<local rank>` where each local rank has one, else the CPU.
+    """The device of this rank, or the CPU where not every local rank has one.
 
-    `wanted` is "auto", "cpu" or "cuda"; LaunchError where "cuda" cannot be had.
+    `cuda:<local rank>`, or `cuda:0` where a rank sees its own device only. `wanted` is "auto", "cpu" or "cuda"; LaunchError
+    where "cuda" cannot be had.
     """
     count = torch.cuda.device_count()
-    enough = count >= launch.local_world_size
-    if wanted == "cuda" and not enough:
+    needed = 1 if launch.own_device else launch.local_world_size
+    if wanted == "cuda" and count < needed:
         raise LaunchError(
             f"train.device is cuda, but this node has {count} CUDA devices for {launch.local_world_size} ranks: "
             + (f"start {count} ranks per node, or " if count else "")
             + "set --train.device cpu"
         )
-    if wanted == "cpu" or not enough:
+    if wanted == "cpu" or count < needed:
         return torch.device("cpu")
-    return torch.device("cuda", launch.local_rank)
+    return torch.device("cuda", 0 if launch.own_device and count == 1 else launch.local_rank)
 
 
 def start(launch: Launch, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Join the other processes. One process alone needs no process group and makes none."""
+    """Join the other processes. One process alone needs no process group and makes none.
+
+    Raises LaunchError, on every rank that came, that says where they were to meet and which ranks did not come in `timeout`.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch.world_size == 1 or dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        store = _meet(launch, timeout)
+        _wait_for_all(store, launch, timeout)
+        group_store = dist.PrefixStore("world", store)
+        dist.init_process_group(backend, store=group_store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     except (dist.DistError, ValueError, RuntimeError) as error:
         where = f"rank {launch.rank} of {launch.world_size}"
         raise LaunchError(f"{where} could not join the others over {backend}: {error}") from error
@@ -95,6 +75,86 @@ def stop() -> None:
     """Leave the process group, if there is one. Call it on every way out that all ranks take."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _meet(launch: Launch, timeout: timedelta) -> dist.Store:
+    """The store that all ranks share."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent runs it
+        return next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))[0]
+    if launch.meeting_point is not None:
+        return _store(launch.meeting_point, launch, timeout)
+    if launch.launcher == "mpirun":
+        return _meet_over_mpi(launch, timeout)
+    raise LaunchError(f"rank {launch.rank} of {launch.world_size} has no MASTER_ADDR in its environment: start with torchrun")
+
+
+def _store(point: MeetingPoint, launch: Launch, timeout: timedelta) -> dist.TCPStore:
+    try:
+        return dist.TCPStore(
+            point.host, point.port, launch.world_size, is_master=point.serves, timeout=timeout, wait_for_workers=False
+        )
+    except (dist.DistError, RuntimeError) as error:
+        if point.serves:
+            advice = "another program may have the port: export MASTER_ADDR and a free MASTER_PORT on all nodes"
+            raise LaunchError(f"rank {launch.rank} cannot open port {point.port} for the others ({error}): {advice}") from error
+        raise LaunchError(
+            f"rank {launch.rank} on {socket.gethostname()} cannot reach {point.host}:{point.port}, where all ranks of this "
+            f"{launch.launcher} job meet, in {timeout.total_seconds():.0f} s: is the name known on this node, did the first "
+            "process start, and may nodes connect to each other? Another address: export MASTER_ADDR and MASTER_PORT"
+        ) from error
+
+
+def _meet_over_mpi(launch: Launch, timeout: timedelta) -> dist.TCPStore:
+    """Rank 0 opens a free port and broadcasts where it is."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise LaunchError(
+            f"mpirun has started {launch.world_size} ranks on several nodes, and nothing says where they meet: give it "
+            "-x MASTER_ADDR=NAME -x MASTER_PORT=29500 (Open MPI; NAME is that of rank 0's node), or pip install mpi4py"
+        ) from error
+    _check_mpi(launch, "mpi4py must be built for the MPI whose mpirun starts it: pip install --force-reinstall mpi4py")
+    point, server = None, None
+    if launch.rank == 0:
+        server = dist.TCPStore("0.0.0.0", 0, launch.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        point = (socket.gethostname(), server.port)
+    host, port = MPI.COMM_WORLD.bcast(point)
+    return server or _store(MeetingPoint(host, port, serves=False), launch, timeout)
+
+
+def _check_mpi(launch: Launch, advice: str) -> None:
+    """MPI sees as many ranks as the launcher says; otherwise each process would be alone in a world of its own."""
+    from mpi4py import MPI
+
+    size = MPI.COMM_WORLD.Get_size()
+    if size != launch.world_size:
+        raise LaunchError(f"{launch.launcher} has started {launch.world_size} ranks, and mpi4py sees {size}: {advice}")
+
+
+def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta) -> None:
+    """Return when every rank has come. Raises LaunchError naming those that have not."""
+    store.set(_key(launch.rank), socket.gethostname())
+    if store.add("ranks here", 1) == launch.world_size:
+        store.set("all here", "")
+    try:
+        store.wait(["all here"], timeout)
+    except (dist.DistError, RuntimeError) as error:
+        missing = [rank for rank in range(launch.world_size) if not store.check([_key(rank)])]
+        here = sorted({store.get(_key(rank)).decode() for rank in range(launch.world_size) if rank not in set(missing)})
+        raise LaunchError(
+            f"{len(missing)} of {launch.world_size} ranks have not come in {timeout.total_seconds():.0f} s: rank "
+            f"{_listed(missing)}; the others are on {_listed(here)}. Look at the logs of the nodes that are missing here"
+        ) from error
+
+
+def _key(rank: int) -> str:
+    return f"rank {rank}"
+
+
+def _listed(items: list) -> str:
+    return ", ".join(map(str, items[:NAMED_RANKS])) + (
+        f" and {len(items) - NAMED_RANKS} more" if len(items) > NAMED_RANKS else ""
+    )
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Rank facts from the environment, and the device."""
 
-import os
 import socket
+import sys
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch.distributed as dist
 import parallel.launch as launch_module
 from parallel.errors import LaunchError
 from parallel.launch import Launch, choose_device, detect, start, stop
+from parallel.launchers import MeetingPoint
+from tests.parallel.test_launchers import HYDRA, SRUN
 from tests.ranks import run_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -98,8 +102,9 @@ def test_one_process_starts_no_process_group():
 def join_and_leave(rank, world_size, port, store):
     """`run_ranks` has initialised one already; leave it, and join by the launcher's variables."""
     stop()
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    start(Launch(rank, rank, world_size, world_size, "torchrun"), torch.device("cpu"))
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    start(detect({name: str(value) for name, value in (variables | meeting).items()}), torch.device("cpu"))
     total = torch.tensor([rank + 1.0])
     dist.all_reduce(total)
     facts = total.item(), dist.get_rank(), dist.get_backend()
@@ -111,15 +116,80 @@ def join_and_leave(rank, world_size, port, store):
     return *facts, left
 
 
-def test_start_joins_over_gloo_and_stop_leaves(tmp_path):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    assert run_ranks(2, join_and_leave, port, tmp_path / "store") == [(3.0, 0, "gloo", True), (3.0, 1, "gloo", True)]
+        return probe.getsockname()[1]
 
 
-def test_a_rendezvous_that_fails_names_the_rank(monkeypatch):
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(LaunchError, match="rank 0 of 2 could not join the others over gloo"):
-        start(Launch(0, 0, 2, 2, "torchrun"), torch.device("cpu"))
+def test_start_joins_over_gloo_and_stop_leaves(tmp_path):
+    ranks = run_ranks(2, join_and_leave, free_port(), tmp_path / "store")
+    assert ranks == [(3.0, 0, "gloo", True), (3.0, 1, "gloo", True)]
+
+
+def test_a_rank_without_an_address_is_named(monkeypatch):
+    with pytest.raises(LaunchError, match="rank 0 of 2 has no MASTER_ADDR in its environment: start with torchrun"):
+        start(detect({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}), torch.device("cpu"))
+
+
+def test_ranks_that_do_not_come_are_named():
+    """The world is of four; two come, and both say who is missing."""
+
+    def come(rank, world_size, port):
+        stop()
+        point = MeetingPoint("127.0.0.1", port, serves=rank == 0)
+        with pytest.raises(LaunchError) as error:
+            start(Launch(3 * rank, rank, 4, 4, "srun", point), torch.device("cpu"), timedelta(seconds=2))
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port + 1}", rank=rank, world_size=world_size)
+        return str(error.value)
+
+    for text in run_ranks(2, come, free_port()):
+        assert text.startswith("2 of 4 ranks have not come in 2 s: rank 1, 2; the others are on " + socket.gethostname())
+
+
+def test_a_store_that_is_not_there_is_named():
+    launch = Launch(1, 1, 2, 2, "srun", MeetingPoint("127.0.0.1", free_port(), serves=False))
+    with pytest.raises(LaunchError, match=r"rank 1 on .* cannot reach 127.0.0.1:\d+, .* in 1 s: .* export MASTER_ADDR"):
+        start(launch, torch.device("cpu"), timedelta(seconds=1))
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        launch = Launch(0, 0, 2, 2, "srun", MeetingPoint("127.0.0.1", holder.getsockname()[1], serves=True))
+        with pytest.raises(LaunchError, match="rank 0 cannot open port .* free MASTER_PORT"):
+            start(launch, torch.device("cpu"), timedelta(seconds=1))
+
+
+def test_own_devices_are_number_zero(cuda_devices):
+    cuda_devices(1)
+    launch = Launch(5, 1, 8, 4, "srun", own_device=True)
+    assert choose_device(launch) == choose_device(launch, "cuda") == torch.device("cuda:0")
+
+
+def test_mpi_without_an_address_and_mpi4py_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(LaunchError, match="nothing says where they meet: .* -x MASTER_ADDR=NAME .* or pip install mpi4py"):
+        start(Launch(1, 0, 4, 2, "mpirun"), torch.device("cpu"))
+
+
+class OneRankEach:
+    """An MPI that was not told of the others."""
+
+    COMM_WORLD = SimpleNamespace(Get_size=lambda: 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        (SRUN, "srun has started 4 ranks, and mpi4py sees 1: start with srun --mpi=pmix"),
+        (HYDRA | {"MPI_LOCALNRANKS": "2"}, "mpirun has started 4 ranks, and mpi4py sees 1: mpi4py must be built"),
+    ],
+    ids=["srun", "mpirun"],
+)
+def test_an_mpi_that_sees_one_rank_in_each_process_is_found(environment, text, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=OneRankEach))
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", OneRankEach)
+    with pytest.raises(LaunchError, match=text):
+        start(detect(environment), torch.device("cpu"))
