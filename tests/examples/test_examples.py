@@ -61,21 +61,32 @@ def test_quickstart_configuration(flags: list[str], world_size: int) -> None:
     validate(load_config(["--config", str(EXAMPLES / "quickstart/quickstart.toml"), *DATA, *flags]), world_size)
 
 
-# the job script
+# the job scripts; tests/jobs runs them on a real cluster
+
+SCRIPTS = sorted((EXAMPLES / "slurm").glob("*.sbatch"))
 
 
-def sbatch(*argv: str, **environment: str) -> subprocess.CompletedProcess:
-    command = ["bash", str(EXAMPLES / "slurm/train.sbatch"), *argv]
-    return subprocess.run(command, env={"PATH": os.environ["PATH"], **environment}, capture_output=True, text=True, timeout=30)
+def sbatch(script: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess:
+    """The script as SLURM would run it, from the project's root."""
+    command = ["bash", str(script), *argv]
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "70001"} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, cwd=ROOT)
 
 
-def test_job_script_is_valid_bash() -> None:
-    assert subprocess.run(["bash", "-n", EXAMPLES / "slurm/train.sbatch"]).returncode == 0
+@pytest.mark.parametrize("script", [*SCRIPTS, EXAMPLES / "slurm/requeue.sh"], ids=lambda script: script.name)
+def test_a_job_script_is_valid_bash(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    if script in SCRIPTS:
+        text = script.read_text()
+        for option in ("--requeue", "--open-mode=append", "--signal=B:USR1@", "--time="):
+            assert f"#SBATCH {option}" in text
+        assert f"examples/slurm/{script.name}" in text and "--kill-on-bad-exit=1" in text
 
 
-def test_job_script_without_a_configuration() -> None:
-    result = sbatch()
-    assert result.returncode == 2 and result.stderr.startswith("usage: ")
+@pytest.mark.parametrize("script", [one for one in SCRIPTS if one.stem != "llama_65b"], ids=lambda script: script.name)
+def test_a_job_script_without_a_configuration(script: Path) -> None:
+    result = sbatch(script)
+    assert result.returncode == 2 and result.stderr.startswith("usage: ") and script.name in result.stderr
 
 
 def executable(path: Path, text: str) -> Path:
@@ -84,19 +95,62 @@ def executable(path: Path, text: str) -> Path:
     return path
 
 
-def test_job_script_passes_its_arguments_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_a_job_script_passes_its_arguments_on(script: Path, tmp_path: Path) -> None:
     """With stand-ins for SLURM's commands and for python: each word arrives as it was given."""
     executable(tmp_path / "scontrol", "#!/bin/sh\necho node-a\necho node-b\n")
     executable(tmp_path / "srun", '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexport SLURM_NODEID=1\nexec "$@"\n')
     python = executable(tmp_path / "python", '#!/bin/sh\nfor word; do echo "$word"; done\n')
-    job = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_ID": "70001", "SLURM_JOB_NUM_NODES": "2", "PYTHON": str(python)}
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    result = sbatch("a config.toml", "--data.train", '["x", "y z"]', PATH=path, GPUS_PER_NODE="4", **job)
+    job = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2", "SLURM_ARRAY_TASK_ID": "2", "PYTHON": str(python)}
+    job |= {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "GPUS_PER_NODE": "4",
+        "RUN": str(tmp_path / "run"),
+        "CONFIG": "a config.toml",
+    }
+    config = [] if script.stem == "llama_65b" else ["a config.toml"]
+    result = sbatch(script, *config, "--data.train", '["x", "y z"]', **job)
     assert result.returncode == 0, result.stderr
-    words = result.stdout.splitlines()
-    assert words[-5:] == ["megatron_llama.train", "--config", "a config.toml", "--data.train", '["x", "y z"]']
-    launcher = ["--nnodes=2", "--node-rank=1", "--nproc-per-node=4", "--master-addr=node-a", "--master-port=30001"]
-    assert words[2:7] == launcher and words[:2] == ["-m", "torch.distributed.run"]
+    *words, last = result.stdout.splitlines()
+    assert last == "the step ended with code 0"
+    if script.stem == "many_nodes_torchrun":
+        launcher = ["--nnodes=2", "--node-rank=1", "--nproc-per-node=4", "--master-addr=node-a", "--master-port=20001"]
+        assert words[:7] == ["-m", "torch.distributed.run", *launcher]
+        words = words[7:]
+    further = ["--optimizer.learning_rate", "3e-4"] if script.stem == "sweep" else []
+    run = str(tmp_path / "run") + ("/3e-4" if further else "")
+    expected = ["-m", "megatron_llama.train", "--config", "a config.toml", "--log.directory", run]
+    assert words == [*expected, *further, "--data.train", '["x", "y z"]']
+
+
+@pytest.mark.parametrize(
+    ("code", "new_checkpoint", "times_before", "requeued"),
+    [
+        (75, True, 3, True),
+        (137, True, 3, True),
+        (137, False, 0, True),
+        (137, False, 3, False),
+        (2, True, 0, False),
+        (78, True, 0, False),
+    ],
+)
+def test_a_job_is_requeued_while_it_makes_progress(code, new_checkpoint, times_before, requeued, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "fruitless-restarts-70001").write_text(str(times_before))
+    executable(tmp_path / "scontrol", f'#!/bin/sh\necho "$@" > {tmp_path}/requeued\nkill $PPID\n')
+    made = (
+        f"mkdir -p {run}/checkpoints/step_00000002 && touch {run}/checkpoints/step_00000002/COMMIT; " if new_checkpoint else ""
+    )
+    executable(tmp_path / "srun", f"#!/bin/sh\n{made}exit {code}\n")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = sbatch(EXAMPLES / "slurm/many_nodes.sbatch", "config.toml", PATH=path, RUN=str(run))
+    assert (tmp_path / "requeued").exists() == requeued, result.stdout
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 70001\n"
+        assert (run / "fruitless-restarts-70001").read_text() == ("0\n" if new_checkpoint else f"{times_before + 1}\n")
+    else:
+        assert result.returncode == code
 
 
 # the container
