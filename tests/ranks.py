@@ -7,6 +7,7 @@ test fails.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -51,6 +52,7 @@ def _fork(
     if pid:
         return pid
     code = 1
+    gc.freeze()  # what was there before belongs to the parent: collecting would look at all of it, and copy its pages
     try:
         log = open(folder / f"log-{rank}", "w")  # open until the process ends
         os.dup2(log.fileno(), 2)

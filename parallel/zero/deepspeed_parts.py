@@ -105,18 +105,16 @@ def sum_replicas_by_hook(parameter: ShardedParameter, groups: ProcessGroups) -> 
 
 
 class PartsInMemory:
-    """What holds where all state stays in memory, and gradients are sums.
+    """What holds where all state stays in memory, and gradients are sums."""
 
-    `in_memory(i)`: partition i's master and moments are there inside this context. `whole`: a partition's master or moment, or
-    its file as a tensor. `gradient_factor`: what a `master_grad` is to be multiplied by.
-    """
-
-    gradient_factor = 1
+    gradient_factor = 1  # what a `master_grad` is to be multiplied by
 
     def in_memory(self, number: int) -> AbstractContextManager[None]:
+        """Inside this context the master and moments of a partition are in memory."""
         return nullcontext()
 
     def whole(self, partition: Partition, tensor: Tensor) -> Tensor:
+        """A master or moment of the partition; where it lies in a file, that file as a tensor."""
         return tensor
 
 
@@ -267,6 +265,7 @@ class Stage3FileParts(Stage3Parts):
 
     @contextmanager
     def in_memory(self, number: int) -> Iterator[None]:
+        """Read the partition's files, and write them again at the end."""
         if not self.optimizer._swappable_optimizer_subgroup(number):
             yield
             return
