@@ -7,6 +7,7 @@ from setuptools import setup
 PACKAGES = [
     "megatron_llama",
     "megatron_llama.data",
+    "megatron_llama.interop",
     "megatron_llama.model",
     "parallel",
     "parallel.checkpoint",

@@ -21,6 +21,7 @@ from megatron_llama.config_sections import (
     data_parallel_size,
     masks_documents,
     micro_batches_per_step,
+    saves_in_background,
     tokens_per_step,
     total_steps,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "load_config",
     "masks_documents",
     "micro_batches_per_step",
+    "saves_in_background",
     "to_dict",
     "to_toml",
     "tokens_per_step",

@@ -48,7 +48,7 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
 
 def validate_training(config: RunConfig, world_size: int) -> None:
     """Checks data, batch, length and optimizer of a training run. Raises ConfigError."""
-    for rule in (_training_data, _length, _optimizer, _gradients, _post_validation, _evaluation, *FURTHER):
+    for rule in (_training_data, _length, _optimizer, _gradients, _post_validation, _evaluation, _start, *FURTHER):
         rule(config)
     _batch(config, world_size)
     config_rules_memory.cuda_graphs(config, world_size)
@@ -300,6 +300,15 @@ def _evaluation(config: RunConfig) -> None:
         raise ConfigError(
             f"train.evaluate_every = {config.train.evaluate_every} needs held-out data, and data.valid is empty; "
             "give --data.valid PREFIX, or set --train.evaluate_every to 0"
+        )
+
+
+def _start(config: RunConfig) -> None:
+    checkpoint = config.checkpoint
+    if checkpoint.weights_from and checkpoint.load not in ("auto", "none"):
+        raise ConfigError(
+            f"checkpoint.weights_from = {checkpoint.weights_from} and checkpoint.load = {checkpoint.load}: a run starts from "
+            "one of them; set --checkpoint.load auto to start from the weights, or --checkpoint.weights_from '' to go on"
         )
 
 

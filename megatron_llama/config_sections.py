@@ -181,8 +181,13 @@ class CheckpointConfig:
 
     directory: str = setting("", "where checkpoints go; empty is log.directory/checkpoints")
     save_every: int = setting(1000, "steps between checkpoints; 0 saves at the end only", minimum=0)
-    load: str = setting("auto", "auto (this run's newest, else a fresh start), none, or the path of a checkpoint")
+    load: str = setting("auto", "auto (this run's newest good one, else a new start), none, or the path of one")
+    weights_from: str = setting("", "checkpoint whose weights a new run starts from, with a new optimizer, at step 0")
     keep: int = setting(3, "newest checkpoints to keep; 0 keeps all", minimum=0)
+    keep_every: int = setting(0, "keep the steps that it divides for good, besides; 0 is off", minimum=0)
+    asynchronous: bool = setting(True, "write in the background, from a copy of the state in host memory")
+    when_busy: str = setting("wait", "what to do if one is due and the last is not written yet", choices=("wait", "skip"))
+    failures_allowed: int = setting(3, "saves in a row that may fail; the run's last must not", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,11 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
 def masks_documents(data: DataConfig) -> bool:
     """Whether attention stays inside documents: as asked for, but never in Megatron's order, whose runs attend across them."""
     return data.document_mask and data.order != "megatron"
+
+
+def saves_in_background(config: RunConfig) -> bool:
+    """Whether saves wait for a copy in host memory only; not where the state is on a disk, as it may be too large for it."""
+    return config.checkpoint.asynchronous and config.zero.offload != "nvme"
 
 
 def tokens_per_step(config: RunConfig) -> int:

@@ -72,6 +72,11 @@ class MetricsWriter:
                 if name != "tokens":  # always the same
                     self._tensorboard.add_scalar(f"valid/{source}/{name}", value, step)
 
+    def write_checkpoint(self, step: int, seconds: float) -> None:
+        """Writes for how long the state of `step` kept training from going on: while it was saved, or only copied."""
+        self._write({"step": step, "checkpoint_seconds": seconds})
+        self._tensorboard.add_scalar("checkpoint/seconds", seconds, step)
+
     def flush(self) -> None:
         """Puts all records on disk; called before a checkpoint commits, so that none is behind it."""
         self._file.flush()

@@ -38,7 +38,7 @@ def run_program(main: Callable[[Launch], int]) -> int:
         return USER_ERROR
     except UserError as error:
         if _speaks(launch, error):
-            _say(error, launch.rank)
+            say(error, launch.rank)
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -60,7 +60,8 @@ def _speaks(launch: Launch, error: UserError) -> bool:
     return launch.local_rank == 0 or (dist.is_initialized() and isinstance(error, DataError | CheckpointError))
 
 
-def _say(error: UserError | None, rank: int) -> None:
+def say(error: UserError | None, rank: int) -> None:
+    """Print an error, as every program does."""
     where = f" (rank {rank})" if rank else ""
     print(f"error{where}: {error}", file=sys.stderr, flush=True)
 
@@ -112,7 +113,7 @@ def agree(work: Callable[[], Result], world: Axis, device: torch.device) -> Resu
     if not ranks:
         return results[0]
     if world.rank == ranks[0]:
-        _say(error, world.rank)
+        say(error, world.rank)
     raise SpokenError(str(error))
 
 

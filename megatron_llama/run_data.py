@@ -23,7 +23,7 @@ def config_of_run(path: Path) -> RunConfig:
         return load_config(["--config", str(stored if path.is_dir() else path)])
     directory = resolve_checkpoint(path)
     config = stored_config(directory, read_manifest(directory))
-    return replace(config, checkpoint=replace(config.checkpoint, load=str(directory)))
+    return replace(config, checkpoint=replace(config.checkpoint, load=str(directory), weights_from=""))
 
 
 def end_sample(config: RunConfig, position: Position) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_llama.config import ModelConfig, RunConfig, checkpoint_directory, from_dict, to_dict
+from megatron_llama.interop.stored_model import logical_shapes
 from megatron_llama.runtime import Runtime
+from parallel.checkpoint.background import BackgroundSaver
 from parallel.checkpoint.load import load_tensors
 from parallel.checkpoint.manifest import Manifest, read_manifest
-from parallel.checkpoint.save import GroupVoter, SingleProcess, Voter, save_checkpoint
-from parallel.checkpoint.steps import newest_checkpoint, resolve_checkpoint
+from parallel.checkpoint.readers import Readers
+from parallel.checkpoint.recovery import newest_good_step
+from parallel.checkpoint.save import Groups, save_checkpoint
+from parallel.checkpoint.steps import resolve_checkpoint
+from parallel.checkpoint.voting import GroupVoter, SingleProcess, Voter
 from parallel.errors import CheckpointError
 from parallel.shards import TensorBox
 from parallel.zero.engine import Engine
@@ -41,6 +47,27 @@ def save_state(
     runtime: Runtime, engine: Engine, position: Position, dataset: dict[str, Any], tokenizer: bytes | None
 ) -> Path:
     """Save weights, optimizer state and position. All ranks call it together. Raises CheckpointError on all of them."""
+    root, groups, state, options = _contents(runtime, engine, position, dataset, tokenizer)
+    return save_checkpoint(root, position.step, groups(), state, world=voter(), **options)
+
+
+def start_save(
+    saver: BackgroundSaver,
+    runtime: Runtime,
+    engine: Engine,
+    position: Position,
+    dataset: dict[str, Any],
+    tokenizer: bytes | None,
+) -> torch.cuda.Event | None:
+    """Let `saver` save what `save_state` saves. Returns what the next update is to wait for on the device, if anything."""
+    root, groups, state, options = _contents(runtime, engine, position, dataset, tokenizer)
+    return saver.start(root, position.step, groups, state, **options)
+
+
+def _contents(
+    runtime: Runtime, engine: Engine, position: Position, dataset: dict[str, Any], tokenizer: bytes | None
+) -> tuple[Path, Callable[[], Groups], dict[str, Any], dict[str, Any]]:
+    """Where to save, what makes the boxes, the manifest's state, and the options of a save."""
     engine.finish()
     config = runtime.config
     state = {
@@ -51,16 +78,16 @@ def save_state(
         "world_size": runtime.groups.topology.world_size,
         "dataset": dataset,
     }
-    groups = {"weights": engine.weight_boxes(write=True), "optimizer": engine.optimizer_boxes(write=True)}
-    return save_checkpoint(
-        checkpoint_directory(config),
-        position.step,
-        groups,
-        state,
-        world=voter(),
-        extra_files={TOKENIZER_FILE: tokenizer} if tokenizer is not None else None,
-        keep=config.checkpoint.keep,
-    )
+
+    def groups() -> Groups:
+        return {"weights": engine.weight_boxes(write=True), "optimizer": engine.optimizer_boxes(write=True)}
+
+    options = {
+        "extra_files": {TOKENIZER_FILE: tokenizer} if tokenizer is not None else None,
+        "keep": config.checkpoint.keep,
+        "keep_every": config.checkpoint.keep_every,
+    }
+    return checkpoint_directory(config), groups, state, options
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
@@ -68,7 +95,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     if config.checkpoint.load == "none":
         return None
     if config.checkpoint.load == "auto":
-        return newest_checkpoint(checkpoint_directory(config))
+        return newest_good_step(checkpoint_directory(config))[0]
     return resolve_checkpoint(Path(config.checkpoint.load))
 
 
@@ -86,19 +113,46 @@ def stored_position(config: RunConfig) -> tuple[Position, dict[str, Any] | None]
     return Position(**state["position"]), state["dataset"]
 
 
-def load_state(directory: Path, runtime: Runtime, engine: Engine) -> Position:
+def load_state(directory: Path, runtime: Runtime, engine: Engine, readers: Readers | None = None) -> Position:
     """Load a checkpoint, made in whatever layout, into this one: weights, optimizer state and position.
 
-    Raises CheckpointError where it is damaged, or of another model.
+    `readers`: the ranks that load together; None: each on its own. Raises CheckpointError where it is of another model, and
+    DamagedError where it is damaged: then another one may be loaded instead, as a load fills everything anew.
     """
-    manifest = read_manifest(directory)
-    check_model(directory, manifest, runtime.config.model)
-    engine.load(lambda boxes: load_tensors(directory, boxes, manifest))
+    readers = readers or Readers()
+
+    def read() -> Manifest:
+        manifest = read_manifest(directory)
+        check_model(directory, manifest, runtime.config.model)
+        return manifest
+
+    manifest = readers.together(read)
+    engine.load(lambda boxes: load_tensors(directory, boxes, manifest, readers))
     engine.optimizer_steps = manifest.state["optimizer_steps"]
     stored_scale = manifest.state.get("loss_scale")
     if engine.loss_scale is not None and stored_scale is not None:
         engine.loss_scale.state = stored_scale
     return Position(**manifest.state["position"])
+
+
+def start_from_weights(directory: Path, runtime: Runtime, engine: Engine, readers: Readers) -> None:
+    """Load the weights of a checkpoint, stored in whatever precision, and leave the optimizer as new.
+
+    All ranks call it together. Raises CheckpointError where it is damaged, of another model, or holds no weights.
+    """
+
+    def read() -> Manifest:
+        manifest = read_manifest(directory, groups=("weights",))
+        check_model(directory, manifest, runtime.config.model, "leave out --checkpoint.weights_from")
+        return manifest
+
+    manifest, names = readers.together(read), logical_shapes(runtime.config.model).keys()
+
+    def fill(boxes: Iterable[TensorBox]) -> None:
+        weights = (box for box in boxes if box.name in names)
+        load_tensors(directory, weights, manifest, readers, widen=True)
+
+    engine.load(fill)
 
 
 def stored_config(directory: Path, manifest: Manifest) -> RunConfig:
@@ -108,7 +162,9 @@ def stored_config(directory: Path, manifest: Manifest) -> RunConfig:
     return from_dict(manifest.state["config"], origin=str(directory))
 
 
-def check_model(directory: Path, manifest: Manifest, model: ModelConfig) -> None:
+def check_model(
+    directory: Path, manifest: Manifest, model: ModelConfig, instead: str = "--checkpoint.load none to start afresh"
+) -> None:
     """Raise CheckpointError naming every size in which the checkpoint's model differs from this one."""
     stored = stored_config(directory, manifest).model
     ignored = ("preset", "init_std")
@@ -118,7 +174,7 @@ def check_model(directory: Path, manifest: Manifest, model: ModelConfig) -> None
         listed = ", ".join(f"model.{n} = {getattr(stored, n)} (this run has {getattr(model, n)})" for n in different)
         raise CheckpointError(
             f"{directory} is a checkpoint of another model: {listed}; set these fields as in the checkpoint, "
-            "or --checkpoint.load none to start afresh"
+            f"or {instead}"
         )
 
 
@@ -127,9 +183,9 @@ def load_weights(directory: Path, runtime: Runtime, manifest: Manifest) -> None:
     """Load the weights alone, for evaluation and generation, one parameter at a time."""
     for chunk in runtime.chunks:
         for parameter in chunk.parameters():
-            wide = torch.zeros(parameter.shape, dtype=torch.float32)  # checkpoints hold fp32
+            wide = torch.zeros(parameter.shape, dtype=torch.float32)  # checkpoints hold fp32, or less where they were converted
             boxes = [
                 TensorBox(s.name, s.global_shape, s.box, wide[s.local.slices()]) for s in parameter.shard.segments
             ]
-            load_tensors(directory, boxes, manifest)
+            load_tensors(directory, boxes, manifest, widen=True)
             parameter.copy_(wide)

@@ -13,6 +13,7 @@ from megatron_llama.config_rules_zero import further_settings
 from megatron_llama.data.loader import MicroBatch, target_count
 from megatron_llama.pipeline_plan import stage_costs
 from megatron_llama.runtime import DTYPES, Runtime
+from megatron_llama.verdict import NO_SUMS, HostSums
 from parallel.collectives import Handle, start_all_reduce
 from parallel.errors import ConfigError
 from parallel.graphs import CudaGraphs, MicroBatchGraphs
@@ -130,6 +131,7 @@ class TrainStep:
         self.executor = runtime.executor(config.train.sequence_length, config.train.micro_batch_size, engine.chunks)
         if config.train.cuda_graphs:
             self.executor.graphs = make_graphs(runtime)
+        self.state_copied: torch.cuda.Event | None = None  # what an update waits for on the device: a save's copy of the state
 
     def prepare(self, micro_batches: Sequence[MicroBatch]) -> Batch:
         """Move a step's micro-batches to the device and start counting over the global batch."""
@@ -141,13 +143,10 @@ class TrainStep:
         counted = start_all_reduce(counts, self.runtime.groups.data)
         return Batch([batch.to(device) for batch in micro_batches], counts, counted)
 
-    def run(
-        self, batch: Batch, learning_rate: float, stop_wished: bool = False, data_wait_seconds: float = 0.0
-    ) -> StepInfo:
+    def run(self, batch: Batch, learning_rate: float, sums: HostSums = NO_SUMS) -> StepInfo:
         """Forward, backward, reduction and update.
 
-        `StepInfo.sums`, fp64 on the device: the token-mean loss of the global batch, the number of ranks that wish to stop,
-        and the seconds that all ranks together have waited for data.
+        `StepInfo.sums`, fp64 on the device: the token-mean loss of the global batch, and the ranks' `sums`.
         """
         batch.counted.wait()
         share = batch.counts[0].clamp(min=1)
@@ -158,5 +157,7 @@ class TrainStep:
         loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         if self.runtime.has_loss and self.runtime.groups.tp.rank == 0:  # tensor ranks all have the same loss
             loss = torch.stack(losses).double().sum() / scale
-        from_host = [torch.full_like(loss, value) for value in (float(stop_wished), data_wait_seconds)]
-        return self.engine.step(learning_rate, torch.stack([loss, *from_host]))
+        from_host = torch.tensor(sums, dtype=torch.float64).to(loss.device, non_blocking=True)
+        if self.state_copied is not None:
+            torch.cuda.current_stream(loss.device).wait_event(self.state_copied)
+        return self.engine.step(learning_rate, torch.cat([loss[None], from_host]))

@@ -194,7 +194,7 @@ class TiktokenModel:
             import tiktoken
         except ImportError as error:
             raise DataError(f"{path}: a tiktoken file needs the package tiktoken: {PACKAGE_HINT}") from error
-        ranks = _parse_ranks(path, content)
+        ranks = parse_ranks(path, content)
         first = len(ranks)
         names = [*LLAMA_3_NAMES, *(f"reserved_special_token_{i}" for i in range(2, LLAMA_3_SPECIAL_TOKENS))]
         special = {f"<|{name}|>": first + i for i, name in enumerate(names[:LLAMA_3_SPECIAL_TOKENS])}
@@ -225,7 +225,8 @@ class TiktokenModel:
         return False
 
 
-def _parse_ranks(path: Path, content: bytes) -> dict[bytes, int]:
+def parse_ranks(path: Path, content: bytes) -> dict[bytes, int]:
+    """Piece -> rank of a tiktoken file. Raises DataError naming the line."""
     ranks = {}
     for number, line in enumerate(content.splitlines(), start=1):
         try:

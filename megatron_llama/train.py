@@ -18,7 +18,6 @@ import torch
 import megatron_llama
 from megatron_llama.config import (
     RunConfig,
-    checkpoint_directory,
     load_config,
     masks_documents,
     micro_batches_per_step,
@@ -35,21 +34,15 @@ from megatron_llama.flops import parameter_count
 from megatron_llama.metrics import MetricsWriter
 from megatron_llama.pipeline_plan import memory_settings, settle_schedule
 from megatron_llama.program import STOPPED, agree, asks_for_help, open_log, run_program
+from megatron_llama.resume import resume
 from megatron_llama.run_data import make_loader, open_run_data
 from megatron_llama.runtime import Runtime, build_runtime
-from megatron_llama.state import (
-    TOKENIZER_FILE,
-    Position,
-    find_checkpoint,
-    fresh_position,
-    load_state,
-    save_state,
-)
+from megatron_llama.saving import Saver
+from megatron_llama.state import TOKENIZER_FILE, Position
 from megatron_llama.step import TrainStep, make_engine
 from megatron_llama.tokenizer import Tokenizer
 from megatron_llama.trainer import Trainer
 from parallel import launch as launching
-from parallel.checkpoint.steps import committed_steps
 from parallel.errors import ConfigError
 from parallel.launch import Launch
 from parallel.zero.engine import Engine
@@ -74,11 +67,13 @@ def main(launch: Launch, argv: list[str]) -> int:
     launching.start(launch, device, TIMEOUT)
     runtime = build_runtime(settled, launch.rank, launch.world_size, device, TIMEOUT)
     world, data = runtime.groups.world, runtime.groups.data
-    train_data, held_out, tokenizer = agree(lambda: _open_data(config), world, device)
+    train_data, held_out, tokenizer, data_position = agree(lambda: _open_data(config), world, device)
     log = agree(lambda: _in_run_directory(config, lambda directory: open_log(directory, launch.rank)), world, device)
 
     engine = make_engine(runtime)
-    position = agree(lambda: _resume(config, runtime, engine), world, device)
+    position = agree(lambda: resume(runtime, engine), world, device)
+    if position != data_position:  # the newest checkpoint was found damaged, and an older one was taken
+        train_data, held_out, tokenizer, _ = agree(lambda: _open_data(config), world, device)
     if position.step >= total_steps(config):  # a job that was submitted once more
         log.info(f"step {position.step} of {total_steps(config)}: this run is complete; raise --train.steps to go on")
         return 0
@@ -100,33 +95,33 @@ def main(launch: Launch, argv: list[str]) -> int:
         micro_batch_size, mask = config.train.micro_batch_size, masks_documents(config.data)
         evaluator = agree(lambda: Evaluator(runtime, held_out, micro_batch_size, mask), world, device)
 
-    def save(position: Position) -> None:
-        directory = save_state(runtime, engine, position, train_data.state(position.samples), tokenizer)
-        log.info(f"step {position.step}: saved {directory}")
-
-    finished = Trainer(config, step, engine, loader, position, save, evaluator, metrics).run()
+    saver = Saver(runtime, engine, train_data.state, tokenizer, position.step)
+    finished = Trainer(config, step, engine, loader, position, saver, evaluator, metrics).run()
     if metrics is not None:
         metrics.close()
     return 0 if finished else STOPPED
 
 
-def _open_data(config: RunConfig) -> tuple[TrainingData, list[HeldOutSource], bytes | None]:
-    """Training data, held-out data, and the tokenizer's bytes. Raises DataError, ConfigError and CheckpointError."""
+def _open_data(config: RunConfig) -> tuple[TrainingData, list[HeldOutSource], bytes | None, Position]:
+    """Training data, held-out data, the tokenizer's bytes, and where the training data goes on.
+
+    Raises DataError, ConfigError and CheckpointError.
+    """
     data, model, length = config.data, config.model, config.train.sequence_length
-    train, _ = open_run_data(config)
+    train, position = open_run_data(config)
     held_out = []
     if data.valid:
         entries = [(s.prefix, s.weight) for s in data.valid]
         held_out = open_held_out(entries, length, model.vocab_size, config.train.evaluate_tokens, "data.valid")
     if not data.tokenizer:
-        return train, held_out, None
+        return train, held_out, None, position
     tokenizer = Tokenizer(data.tokenizer)
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"data.tokenizer {data.tokenizer} has {tokenizer.vocab_size} pieces, more than model.vocab_size = "
             f"{model.vocab_size}: set --model.vocab_size {tokenizer.vocab_size}"
         )
-    return train, held_out, Path(data.tokenizer).read_bytes()
+    return train, held_out, Path(data.tokenizer).read_bytes(), position
 
 
 def _in_run_directory(config: RunConfig, work: Callable[[Path], Result]) -> Result:
@@ -138,20 +133,6 @@ def _in_run_directory(config: RunConfig, work: Callable[[Path], Result]) -> Resu
             f"log.directory = {config.log.directory} cannot be written: {error.filename}: {error.strerror}; "
             "set --log.directory to a folder that can be made"
         ) from error
-
-
-def _resume(config: RunConfig, runtime: Runtime, engine: Engine) -> Position:
-    """Where to start from: the checkpoint that was asked for or found, else the beginning."""
-    directory = find_checkpoint(config)
-    position = fresh_position(config) if directory is None else load_state(directory, runtime, engine)
-    root = checkpoint_directory(config)
-    later = [step for step in committed_steps(root) if step > position.step]
-    if later:
-        raise ConfigError(
-            f"this run starts at step {position.step}, and {root} already holds step {later[-1]}, which it would have to "
-            "overwrite: set --checkpoint.load auto to go on from there, or another --log.directory"
-        )
-    return position
 
 
 def describe(

@@ -6,7 +6,6 @@ import logging
 import resource
 import signal
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -18,10 +17,11 @@ from megatron_llama.lr_schedule import learning_rate
 from megatron_llama.metrics import MetricsWriter, StepRecord
 from megatron_llama.program import LOGGER
 from megatron_llama.progress import Progress
+from megatron_llama.saving import Saver
 from megatron_llama.state import Position
 from megatron_llama.step import Batch, TrainStep
 from megatron_llama.tracing import StepTracer
-from megatron_llama.verdict import Moment, StepNumbers, Verdict
+from megatron_llama.verdict import HostSums, Moment, StepNumbers, Verdict
 from parallel.zero.engine import Engine
 
 SAVED_BY_STOP = (signal.SIGTERM, signal.SIGUSR1)
@@ -48,8 +48,8 @@ class StopRequest:
 class Trainer:
     """Runs a training from `position` to its end, to `train.exit_step`, or until it is asked to stop.
 
-    `save(position)` and `evaluate()` are called on all ranks together. The verdict of a step is read while the next one
-    runs, so that the host never waits for the step that it has just launched.
+    Ranks save and evaluate together. The verdict of a step is read while the next one runs, so that the host never waits for
+    the step that it has just launched.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Trainer:
         engine: Engine,
         loader: Loader,
         position: Position,
-        save: Callable[[Position], object],
+        saver: Saver,
         evaluator: Evaluator | None,
         metrics: MetricsWriter | None,
     ) -> None:
         self.config, self.step, self.engine, self.loader = config, step, engine, loader
-        self.position, self.save, self.evaluator, self.metrics = position, save, evaluator, metrics
+        self.position, self.saver, self.evaluator, self.metrics = position, saver, evaluator, metrics
         self.tracer = StepTracer(config.log, step.executor)
         self.last_step = total_steps(config)
         self.end_step = min(self.last_step, config.train.exit_step or self.last_step)
@@ -75,7 +75,6 @@ class Trainer:
         self.world_size = world
         self.progress = Progress(self.last_step, world, self.peak)
         self.log = logging.getLogger(LOGGER)
-        self.saved_step = position.step
 
     def run(self) -> bool:
         """Train. Returns whether the run reached its end (False: it was asked to stop, and has saved)."""
@@ -91,8 +90,9 @@ class Trainer:
                 ahead, waited = self._prepare_next(batches)
                 rate = learning_rate(self.position.step, self.config.optimizer, self.last_step)
                 step = self.position.step + 1
+                sums = HostSums(stop.wished, waited, *self.saver.progress())
                 with self.tracer.step(step):
-                    info = self.step.run(batch, rate, stop.wished, waited)
+                    info = self.step.run(batch, rate, sums)
                 self.position = Position(
                     step, self.position.samples + batch_size, self.position.tokens + self.tokens_per_step
                 )
@@ -107,8 +107,7 @@ class Trainer:
                 self._report(pending)
         if stopped and self.position.step < self.end_step:
             self.log.info(f"asked to stop after step {self.position.step}")
-            if self.saved_step != self.position.step:
-                self._save()
+            self._save(last=True)
             return False
         return True
 
@@ -122,10 +121,11 @@ class Trainer:
     def _report(self, verdict: Verdict) -> bool:
         """Record a finished step; returns whether the ranks have agreed to stop."""
         numbers = verdict.read()
+        self.saver.hear(numbers.sums.saving)
         seconds, self._since = verdict.finished.seconds_since(self._since), verdict.finished
         if self.metrics is not None:
             self._record(self.metrics, verdict, numbers, seconds)
-        return numbers.stop_wishes > 0
+        return numbers.sums.stop_wishes > 0
 
     def _record(self, metrics: MetricsWriter, verdict: Verdict, numbers: StepNumbers, seconds: float) -> None:
         """Write a step to the metrics; print a line where one is due."""
@@ -139,7 +139,7 @@ class Trainer:
             tokens=self.position.tokens - (self.position.step - verdict.step) * self.tokens_per_step,
             step_seconds=seconds,
             tokens_per_second=speed,
-            data_wait_seconds=numbers.data_wait_seconds / self.world_size,
+            data_wait_seconds=numbers.sums.data_wait_seconds / self.world_size,
             mfu=model_flops_utilization(speed, flops / self.tokens_per_step, self.world_size, self.peak),
             loss_scale=numbers.loss_scale,
         )
@@ -171,11 +171,18 @@ class Trainer:
                 head = f"step {step}: held-out loss {evaluation.total.loss:.4f} over {evaluation.total.tokens:,} tokens"
                 self.log.info("\n    ".join([head, *evaluation.table_lines()]))
         if last or (checkpoint.save_every and step % checkpoint.save_every == 0):
-            self._save()
+            self._save(last)
         self._since = Moment(self.step.runtime.device)
 
-    def _save(self) -> None:
+    def _save(self, last: bool) -> None:
+        """Save, or begin to; `last`: return when the state is safe."""
+        started = time.perf_counter()
         if self.metrics is not None:
             self.metrics.flush()
-        self.save(self.position)
-        self.saved_step = self.position.step
+        if last:
+            self.saver.finish(self.position)
+        elif not self.saver.save(self.position):
+            return
+        self.step.state_copied = self.saver.state_copied
+        if self.metrics is not None:
+            self.metrics.write_checkpoint(self.position.step, time.perf_counter() - started)

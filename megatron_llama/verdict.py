@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from parallel.checkpoint.background import Progress
 from parallel.host_copy import HostCopy
 from parallel.zero.engine import StepInfo
 
@@ -33,13 +35,30 @@ class Moment:
         return self._seconds - earlier._seconds
 
 
+class HostSums(NamedTuple):
+    """What a rank's host adds to a step's sums, and these sums over the ranks."""
+
+    stop_wishes: float = 0.0  # ranks
+    data_wait_seconds: float = 0.0
+    saved_parts: float = 0.0  # `saving`, of which this and the rest are the fields
+    saved_commits: float = 0.0
+    failed_saves: float = 0.0
+
+    @property
+    def saving(self) -> Progress:
+        """How far the save under way is."""
+        return Progress(*self[2:])
+
+
+NO_SUMS = HostSums()
+
+
 @dataclass(frozen=True)
 class StepNumbers:
     """What the device knows about a step, summed over the ranks that it concerns."""
 
     loss: float  # token mean of the global batch
-    stop_wishes: float  # ranks
-    data_wait_seconds: float  # of all ranks together
+    sums: HostSums
     grad_norm: float
     skipped: float  # 1.0 where the update was masked
     squared_lengths: float  # sum over the documents of length^2; exact below 2^53
@@ -64,6 +83,8 @@ class Verdict:
 
     def read(self) -> StepNumbers:
         """Wait for this step (not for later ones) and return its numbers."""
-        numbers = StepNumbers(*self._numbers.read())
+        loss, *others = self._numbers.read()
+        count = len(HostSums._fields)
+        numbers = StepNumbers(loss, HostSums(*others[:count]), *others[count:])
         self.finished.wait()
         return numbers

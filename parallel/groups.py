@@ -86,13 +86,14 @@ def build_groups(
     timeout: timedelta = timedelta(minutes=10),
     both_ways: bool = False,
     shard_group_size: int = 0,
+    connected: bool = True,
 ) -> ProcessGroups:
     """Create every process group of the grid; all ranks call it together, with the same arguments but `rank`.
 
     `replica_groups` maps the name of a further axis to all its groups; a rank in none of them gets an axis of size 1.
     `timeout` bounds each collective (`new_group` does not inherit the default group's). `both_ways`: activations go both ways
     between some two pp ranks (`parallel.pipeline.p2p.both_ways`). `shard_group_size`: how many dp ranks share one copy of the
-    optimizer; 0 is all of them.
+    optimizer; 0 is all of them. Not `connected`, the axes have no process groups: for one process that plans for all ranks.
     """
     ledger = Ledger()
 
@@ -101,7 +102,8 @@ def build_groups(
         for ranks in groups:
             if len(ranks) == 1:
                 continue
-            group = dist.new_group(list(ranks), timeout=timeout)  # every rank takes part in every creation
+            # every rank takes part in every creation
+            group = dist.new_group(list(ranks), timeout=timeout) if connected else None
             if rank in ranks:
                 mine = Axis(name, ranks.index(rank), len(ranks), ranks, group, ledger)
         return mine

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import add, ge, le, sub
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class Box:
 
     @property
     def end(self) -> tuple[int, ...]:
-        return tuple(o + n for o, n in zip(self.offset, self.shape, strict=True))
+        return tuple(map(add, self.offset, self.shape))
 
     def slices(self) -> tuple[slice, ...]:
         """Index with it to view the box: `tensor[box.slices()]`."""
@@ -42,10 +43,8 @@ class Box:
     def intersect(self, other: Box) -> Box | None:
         """The common box, or None where the two do not meet."""
         low = tuple(map(max, self.offset, other.offset))
-        high = tuple(map(min, self.end, other.end))
-        if any(a >= b for a, b in zip(low, high, strict=True)):
-            return None
-        return Box(low, tuple(b - a for a, b in zip(low, high, strict=True)))
+        shape = tuple(map(sub, map(min, self.end, other.end), low))
+        return Box(low, shape) if min(shape, default=1) > 0 else None
 
     def shifted(self, origin: tuple[int, ...], target: tuple[int, ...]) -> Box:
         """The same box after `origin` moved to `target` (from local to global coordinates, or back)."""
@@ -53,8 +52,7 @@ class Box:
 
     def contains(self, other: Box) -> bool:
         """Whether `other` lies inside this box."""
-        starts_inside = all(a <= b for a, b in zip(self.offset, other.offset, strict=True))
-        return starts_inside and all(a >= b for a, b in zip(self.end, other.end, strict=True))
+        return all(map(le, self.offset, other.offset)) and all(map(ge, self.end, other.end))
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,17 @@
 
 Matrices in fp32, split over the ranks along dim 0. A load fills tensors that are there already (a running model's), and its
 values are compared with what was saved, outside the timing. `reshape` loads what was split along dim 0 into tensors split
-along dim 1. Every save ends with fsync. The contestants take turns, in another order in each round, each time in fresh
-processes, one per rank, that have done the same with one matrix before, so that imports and other first calls do not count.
-Before each timed save as many bytes are written and removed: on a virtual machine the first to fill pages that the host has
-taken back can pay several times what the next one does.
+along dim 1. `async` is how long a save in the background holds up its caller, from the second one on, so that the memory for
+the copy is there; its CPU seconds are the calling thread's. Every save ends with fsync. The contestants take turns, in another
+order in each round, each time in fresh processes, one per rank, that have done the same with one matrix before, so that imports
+and other first calls do not count. Before each timed save as many bytes are written and removed: on a virtual machine the first
+to fill pages that the host has taken back can pay several times what the next one does.
 
-ours          one safetensors file per rank, CRC32 of every block: written by save, verified by load and reshape
+ours          one safetensors file per rank, CRC32 of every block: written by save and async, verified by load and reshape
 torch         torch.save of a dict per rank; torch.load(weights_only=True) and copy; reshape by mmap=True and slices
 safetensors   save_file per rank; load_file and copy; reshape by safe_open and get_slice
-dcp           torch.distributed.checkpoint of DTensors
-raw           write 4 MiB at a time and fsync; preadv into the tensors: the limit
+dcp           torch.distributed.checkpoint of DTensors; async_save with a stager that keeps its memory
+raw           write 4 MiB at a time and fsync; preadv into the tensors; a plain copy to memory that is there: the limit
 
 Wall seconds are the slowest rank's (median of the rounds), CPU seconds all ranks' (the least of the rounds, as what a shared
 host adds is never negative; the ratios are of these), memory the peak of one rank beyond its tensors (pages of mapped
@@ -33,6 +34,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -44,10 +47,13 @@ try:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
     from torch import Tensor
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
     from parallel.checkpoint import GroupVoter, load_tensors, save_checkpoint, step_directory
+    from parallel.checkpoint.background import BackgroundSaver
+    from parallel.checkpoint.readers import GroupReaders
     from parallel.shards import Box, TensorBox
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
@@ -60,11 +66,15 @@ Tensors = dict[str, Tensor]
 class Contestant:
     """One rank's view: `save` its parts along dim 0, `load` them, `reshape` into parts along dim 1.
 
-    What the three are given is made by `prepare`, which a running program would have at hand and which is not timed.
+    `begin` saves in the background until `end`. What these are given is made by `prepare`, which a running program would have
+    at hand and which is not timed. None: it cannot do that.
     """
+
+    begin = None
 
     def __init__(self, directory: Path, rank: int, size: int) -> None:
         self.directory, self.rank, self.size = directory, rank, size
+        self.steps = count(2)  # of saves in the background
 
     def path(self, rank: int | None = None) -> Path:
         return self.directory / f"rank-{self.rank if rank is None else rank}"
@@ -93,8 +103,22 @@ class Ours(Contestant):
     def save(self, boxes: list[TensorBox]) -> None:
         save_checkpoint(self.directory, 1, {"weights": boxes}, {}, world=GroupVoter())
 
+    @cached_property
+    def saver(self) -> BackgroundSaver:
+        return BackgroundSaver(GroupVoter(), torch.device("cpu"))
+
+    def begin(self, boxes: list[TensorBox]) -> None:
+        self.saver.start(self.directory, next(self.steps), lambda: {"weights": boxes}, {})
+
+    def end(self) -> None:
+        error = self.saver.wait().error
+        if error:
+            raise error
+
     def load(self, boxes: list[TensorBox]) -> None:
-        load_tensors(step_directory(self.directory, 1), boxes)
+        readers = GroupReaders()
+        load_tensors(step_directory(self.directory, 1), boxes, readers=readers)
+        readers.close()
 
     reshape = load
 
@@ -136,6 +160,16 @@ class Dcp(Contestant):
     def save(self, state: dict[str, DTensor]) -> None:
         dcp.save(state, checkpoint_id=self.directory)
 
+    @cached_property
+    def stager(self) -> DefaultStager:
+        return DefaultStager(StagingOptions(False, False, False, False))  # in memory that is neither pinned nor shared
+
+    def begin(self, state: dict[str, DTensor]) -> None:
+        self.future = dcp.async_save(state, checkpoint_id=self.directory / str(next(self.steps)), async_stager=self.stager)
+
+    def end(self) -> None:
+        self.future.result()
+
     def load(self, state: dict[str, DTensor]) -> None:
         dcp.load(state, checkpoint_id=self.directory)
 
@@ -143,6 +177,8 @@ class Dcp(Contestant):
 
 
 class Raw(Contestant):
+    copies: Tensors | None = None
+
     def save(self, tensors: Tensors) -> None:
         with open(self.path(), "wb", buffering=0) as file:
             for tensor in tensors.values():
@@ -150,6 +186,14 @@ class Raw(Contestant):
                 for start in range(0, len(data), BLOCK_BYTES):
                     file.write(data[start : start + BLOCK_BYTES])
             os.fsync(file.fileno())
+
+    def begin(self, tensors: Tensors) -> None:
+        self.copies = self.copies or {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            self.copies[name].copy_(tensor)
+
+    def end(self) -> None:
+        """The copy is made."""
 
     def load(self, targets: Tensors) -> None:
         position = 0
@@ -160,6 +204,7 @@ class Raw(Contestant):
     reshape = None
 
 
+OPERATIONS = ("save", "load", "reshape", "async")
 CONTESTANTS = {"raw": Raw, "ours": Ours, "torch": Torch, "safetensors": Safetensors, "dcp": Dcp}
 
 
@@ -189,15 +234,24 @@ def memory_bytes(key: str) -> int:
     return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(key)) * 1024
 
 
-def measure(action: Callable[[], None]) -> tuple[float, float, int]:
+def measure(action: Callable[[], None], cpu_clock: Callable[[], float] = time.process_time) -> tuple[float, float, int]:
     """Wall seconds, CPU seconds, and the peak of resident memory beyond what there was before."""
     ctypes.CDLL(None).malloc_trim(0)  # what earlier work left in the allocator would hide new memory
     Path("/proc/self/clear_refs").write_text("5")
     before = memory_bytes("VmRSS")
     dist.barrier()
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), cpu_clock()
     action()
-    return time.perf_counter() - wall, time.process_time() - cpu, memory_bytes("VmHWM") - before
+    return time.perf_counter() - wall, cpu_clock() - cpu, memory_bytes("VmHWM") - before
+
+
+def measure_background(contestant: Contestant, state: object) -> tuple[float, float, int]:
+    """The same of the part of a save in the background that its caller waits for, the second time."""
+    contestant.begin(state)
+    contestant.end()
+    figures = measure(lambda: contestant.begin(state), time.thread_time)
+    contestant.end()
+    return figures
 
 
 def rank_main(operation: str, name: str, directory: Path, rank: int, size: int, full: Tensors, results) -> None:
@@ -211,14 +265,19 @@ def rank_main(operation: str, name: str, directory: Path, rank: int, size: int, 
     warm.directory.mkdir(exist_ok=True)
     warm.save(warm.prepare(own_parts(first, (part(0, rank, size),)), 0))
     dist.barrier()
-    if operation != "save":
+    if operation == "async":
+        measure_background(warm, warm.prepare(own_parts(first, index), dim))
+    elif operation != "save":
         getattr(warm, operation)(warm.prepare(own_parts(first, index), dim))
     contestant, tensors = CONTESTANTS[name](directory, rank, size), own_parts(full, index)
-    if operation != "save":
+    if operation in ("load", "reshape"):
         for tensor in tensors.values():
             tensor.zero_()
     state = contestant.prepare(tensors, dim)
-    figures = measure(lambda: getattr(contestant, operation)(state))
+    if operation == "async":
+        figures = measure_background(contestant, state)
+    else:
+        figures = measure(lambda: getattr(contestant, operation)(state))
     wrong = [key for key, tensor in full.items() if not torch.equal(tensors[key], tensor[index])]
     results.put(f"{name}, {operation}: rank {rank} found other values in {', '.join(wrong[:3])}" if wrong else figures)
 
@@ -266,16 +325,21 @@ def compete(arguments: argparse.Namespace, full: Tensors) -> dict[tuple[str, str
             kind = CONTESTANTS[name]
             directory = arguments.directory / "benchmark" / name
             directory.mkdir(parents=True)
+            background = directory.with_name(f"{name}-async")
+            background.mkdir()
             try:
-                for operation in ("save", "load", "reshape"):
+                for operation in OPERATIONS:
                     if operation == "reshape" and (arguments.ranks == 1 or kind.reshape is None):
+                        continue
+                    if operation == "async" and kind.begin is None:
                         continue
                     if arguments.cold:
                         drop_from_cache(directory)
                     if operation == "save":
                         touch_pages(directory.parent, arguments.ranks, full)
-                    tensors = full if operation == "save" else expected
-                    figures.setdefault((operation, name), []).append(run(operation, name, directory, arguments.ranks, tensors))
+                    tensors = expected if operation in ("load", "reshape") else full
+                    where = background if operation == "async" else directory
+                    figures.setdefault((operation, name), []).append(run(operation, name, where, arguments.ranks, tensors))
             finally:
                 shutil.rmtree(arguments.directory / "benchmark")
     return figures
@@ -283,7 +347,7 @@ def compete(arguments: argparse.Namespace, full: Tensors) -> dict[tuple[str, str
 
 def report(figures: dict[tuple[str, str], list[tuple]], gib: float) -> None:
     print("                           wall s  of all rounds   CPU s  of all rounds    MiB/s  extra MiB/rank  CPU s ours / this")
-    for operation in ("save", "load", "reshape"):
+    for operation in OPERATIONS:
         for name in CONTESTANTS:
             rows = figures.get((operation, name))
             if rows is None:
@@ -311,14 +375,14 @@ def main() -> None:
     if any(arguments.directory.iterdir()):
         parser.error(f"{arguments.directory} is not empty")
     torch.set_num_threads(1)  # the ranks are forked
-    count = max(1, round(arguments.gib * 1024 / (ROWS * COLUMNS * 4 / 2**20)))
-    full = {f"w{i}": torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(i)) for i in range(count)}
-    gib = count * ROWS * COLUMNS * 4 / 2**30
+    matrices = max(1, round(arguments.gib * 1024 / (ROWS * COLUMNS * 4 / 2**20)))
+    full = {f"w{i}": torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(i)) for i in range(matrices)}
+    gib = matrices * ROWS * COLUMNS * 4 / 2**30
     options = [argument for argument in sys.argv[1:] if argument != str(arguments.directory)]
     print(f"command    {shlex.join(['python', sys.argv[0], *options])} DIRECTORY")
     print(f"hardware   {os.cpu_count()} x {platform.machine()} CPU")
     print(f"versions   Python {platform.python_version()}, torch {torch.__version__}, safetensors {safetensors.__version__}")
-    print(f"tensors    {count} of [{ROWS}, {COLUMNS}] fp32, {gib:.3f} GiB on {arguments.ranks} ranks\n")
+    print(f"tensors    {matrices} of [{ROWS}, {COLUMNS}] fp32, {gib:.3f} GiB on {arguments.ranks} ranks\n")
     report(compete(arguments, full), gib)
 
 

@@ -133,6 +133,7 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
+        "model_input_names": ["input_ids", "attention_mask"],  # what LlamaForCausalLM.generate takes
     }
 
 

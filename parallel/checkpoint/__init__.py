@@ -11,7 +11,8 @@ from parallel.checkpoint.load import (
     verify_checkpoint,
 )
 from parallel.checkpoint.manifest import Manifest
-from parallel.checkpoint.save import GroupVoter, SingleProcess, Voter, save_checkpoint
+from parallel.checkpoint.save import save_checkpoint
+from parallel.checkpoint.voting import GroupVoter, SingleProcess, Voter
 
 __all__ = [
     "GroupVoter",

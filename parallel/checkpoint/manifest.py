@@ -12,6 +12,7 @@ integer inside its file, and the boxes of each tensor cover it exactly once. All
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -32,6 +33,7 @@ FORMAT = "megatron-llama-checkpoint"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 COMMIT_NAME = "COMMIT"
+VERIFIED_NAME = "VERIFIED"  # when all of it was last found good (retention.py); no part of the checkpoint
 BLOCK_BYTES = 4 << 20  # one CRC32 each; also the size of the staging and bounce buffers
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_BLOCK_BYTES = 64 << 20
@@ -63,6 +65,15 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_CODE
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.float32` -> `float32`, as manifests and messages say it."""
     return str(dtype).removeprefix("torch.")
+
+
+class DamagedError(CheckpointError):
+    """Part of a checkpoint is absent, or not as it was saved: `file`, or its block of that number. Other steps may be good."""
+
+    def __init__(self, text: str, file: str, block: int | None = None):
+        super().__init__(text)
+        self.file = file
+        self.block = block
 
 
 @dataclass(frozen=True)
@@ -235,13 +246,14 @@ def read_manifest(directory: Path, groups: Collection[str] | None = None) -> Man
 
     Checked: COMMIT, every name, shape, position and cover of tensors, and that each file is there with its size. With
     `groups` only files of these groups need be there, so a copy without the optimizer's files serves where weights are enough.
-    Raises CheckpointError that names the directory and the file.
+    Raises CheckpointError that names the directory and the file; DamagedError where files are absent or not as they were saved.
     """
     data = _read_small(directory, MANIFEST_NAME, MAX_MANIFEST_BYTES)
     commit = _read_small(directory, COMMIT_NAME, 256)
     if commit != hashlib.sha256(data).hexdigest().encode():
-        raise CheckpointError(
-            f"{directory}: {MANIFEST_NAME} and {COMMIT_NAME} do not belong together (one of them is damaged): use another step"
+        raise DamagedError(
+            f"{directory}: {MANIFEST_NAME} and {COMMIT_NAME} do not belong together (one of them is damaged): use another step",
+            MANIFEST_NAME,
         )
     manifest = Manifest.from_json(data, str(directory))
     for info in manifest.files.values():
@@ -253,22 +265,35 @@ def read_manifest(directory: Path, groups: Collection[str] | None = None) -> Man
 
 
 def check_size(directory: Path, name: str, size: int) -> None:
-    """Raise CheckpointError unless `name` is a regular file of `size` bytes."""
+    """Raise CheckpointError unless `name` is a regular file of `size` bytes (DamagedError unless it may not be looked at)."""
     try:
         status = (directory / name).stat()
     except OSError as error:
-        raise CheckpointError(f"{directory}: the manifest lists {name}, which cannot be read: {error.strerror}") from error
-    _need(stat.S_ISREG(status.st_mode), f"{directory}: {name} is not a regular file")
-    _need(
-        status.st_size == size,
-        f"{directory}: {name} has {status.st_size} bytes, the manifest says {size}: the file is "
-        f"{'truncated' if status.st_size < size else 'not the one that was saved'}; copy it again or use another step",
-    )
+        text = f"{directory}: the manifest lists {name}, which cannot be read: {error.strerror}"
+        raise unreadable(text, error, name) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedError(f"{directory}: {name} is not a regular file", name)
+    if status.st_size != size:
+        kind = "truncated" if status.st_size < size else "not the one that was saved"
+        raise DamagedError(
+            f"{directory}: {name} has {status.st_size} bytes, the manifest says {size}: the file is {kind}; "
+            "copy it again or use another step",
+            name,
+        )
+
+
+def unreadable(text: str, error: OSError, file: str, block: int | None = None) -> CheckpointError:
+    """What to raise where a file cannot be read: it is damaged where it is absent, or its disk gives it no more.
+
+    Missing rights or a network that is down say nothing about the checkpoint.
+    """
+    gone = error.errno in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EIO)
+    return DamagedError(text, file, block) if gone else CheckpointError(text)
 
 
 def is_extra_file_name(name: str) -> bool:
     """Whether a small file may be stored under this name."""
-    reserved = name in (MANIFEST_NAME, COMMIT_NAME) or name.endswith(".safetensors") or name.startswith("part-")
+    reserved = name in (MANIFEST_NAME, COMMIT_NAME, VERIFIED_NAME) or name.endswith(".safetensors") or name.startswith("part-")
     return EXTRA_FILE_NAME.fullmatch(name) is not None and not reserved
 
 
@@ -325,13 +350,15 @@ def _read_small(directory: Path, name: str, limit: int) -> bytes:
     path = directory / name
     try:
         status = path.stat()
-        _need(stat.S_ISREG(status.st_mode), f"{directory}: {name} is not a regular file")
-        _need(status.st_size <= limit, f"{directory}: {name} has {status.st_size} bytes, more than {limit}")
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedError(f"{directory}: {name} is not a regular file", name)
+        if status.st_size > limit:
+            raise DamagedError(f"{directory}: {name} has {status.st_size} bytes, more than {limit}", name)
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(
-            f"{directory}: {name} cannot be read ({error.strerror}): not a committed checkpoint, or an incomplete copy of one"
-        ) from error
+        reason = "not a committed checkpoint, or an incomplete copy of one"
+        text = f"{directory}: {name} cannot be read ({error.strerror}): {reason}"
+        raise unreadable(text, error, name) from error
 
 
 def _need(condition: object, text: str) -> None:

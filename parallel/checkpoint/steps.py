@@ -21,15 +21,15 @@ def step_directory(root: Path, step: int) -> Path:
 
 def committed_steps(root: Path) -> list[int]:
     """The steps under `root` that have a COMMIT file, in ascending order; empty where `root` does not exist."""
-    return [step for step, path in _step_directories(Path(root)) if (path / COMMIT_NAME).is_file()]
+    return [step for step, path in step_directories(root) if (path / COMMIT_NAME).is_file()]
 
 
 def newest_checkpoint(root: Path, groups: Collection[str] | None = None) -> Path | None:
     """The newest step directory under `root`, its manifest verified (see `read_manifest`); None where there is none.
 
-    Raises CheckpointError naming the newest where it is damaged or incomplete: nothing older is taken silently.
+    Raises CheckpointError naming the newest where it is damaged or incomplete: nothing older is taken here (recovery.py does).
     """
-    found = _step_directories(Path(root))
+    found = step_directories(root)
     if not found:
         return None
     newest = found[-1][1]
@@ -66,7 +66,9 @@ def resolve_checkpoint(path: Path, groups: Collection[str] | None = None) -> Pat
     raise CheckpointError(f"no checkpoint in {path}: {looked_for}; {found}")
 
 
-def _step_directories(root: Path) -> list[tuple[int, Path]]:
+def step_directories(root: Path) -> list[tuple[int, Path]]:
+    """The directories under `root` that bear the name of a step, in ascending order; empty where `root` does not exist."""
+    root = Path(root)
     if not root.is_dir():
         return []
     matches = ((STEP_NAME.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())

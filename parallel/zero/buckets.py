@@ -236,11 +236,16 @@ class Bucket:
 
     def pieces(self) -> Iterator[tuple[Piece, slice]]:
         """Parts of this rank's shard in named global tensors, each with its place in the shard (`master_grad[place]`)."""
+        return self.pieces_of(self.sharding.shard_axis.rank)
+
+    def pieces_of(self, shard_rank: int) -> Iterator[tuple[Piece, slice]]:
+        """The same of the shard that another rank of the shard axis has."""
+        size = self.stop - self.start
+        start, stop = shard_rank * size, (shard_rank + 1) * size
         for parameter, offset in zip(self.parameters, self.offsets, strict=True):
-            low = max(self.start - offset, 0)
-            high = min(self.stop - offset, parameter.numel())
+            low, high = max(start - offset, 0), min(stop - offset, parameter.numel())
             for piece in range_pieces(parameter.shard, low, high):
-                first = offset + piece.start - self.start
+                first = offset + piece.start - start
                 yield piece, slice(first, first + piece.box.numel)
 
 

@@ -35,9 +35,7 @@ def sum_replicas(bucket: Bucket, groups: ProcessGroups) -> None:
             view.copy_(part.view_as(view))
 
 
-def local_squared_norm(
-    buckets: Iterable[Bucket], data_copies: int, l2_norm: Kernel = optimizer_kernels.l2_norm
-) -> Tensor:
+def local_squared_norm(buckets: Iterable[Bucket], data_copies: int, l2_norm: Kernel = optimizer_kernels.l2_norm) -> Tensor:
     """This rank's share of the squared norm of the reduced gradients (fp64 scalar): summed over the world, it is whole.
 
     A replicated segment counts 1/size on each copy, and everything 1/`data_copies` where the data ranks are not sharded.

@@ -49,9 +49,7 @@ class ShardState:
 class ShardedUpdate:
     """AdamW or SGD over the shards of all buckets. It is masked and clipped on the device: the host waits for nothing."""
 
-    def __init__(
-        self, buckets: Sequence[Bucket], settings: OptimizerSettings, adamw: Kernel = optimizer_kernels.adamw
-    ) -> None:
+    def __init__(self, buckets: Sequence[Bucket], settings: OptimizerSettings, adamw: Kernel = optimizer_kernels.adamw) -> None:
         self.settings, self._adamw = settings, adamw
         self.shards = [ShardState(bucket, settings) for bucket in buckets]
         self.moment_names = MOMENTS if settings.algorithm == "adamw" else ()

@@ -44,6 +44,9 @@ LAYOUTS = {
 }
 
 
+SAVES = ("--checkpoint.save_every", 2)
+
+
 def train(*argv: object, ranks: int = 1, config: str = "config.toml", **options) -> str:
     return succeed("train", "--config", config, *argv, ranks=ranks, **options)
 
@@ -171,7 +174,7 @@ def at_step(number: int, action: Callable[[], object]) -> Callable[[int], None]:
 
 def test_a_kill_between_checkpoints_loses_nothing(run: Path, workplace: Path) -> None:
     with pytest.raises(AssertionError, match="exit code -9"):
-        train("--checkpoint.save_every", 2, change=at_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+        train(*SAVES, "--checkpoint.asynchronous", "false", change=at_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     assert steps_in(workplace / "run") == [2]
     train()
     assert_same_run(workplace / "run", run)
@@ -239,9 +242,6 @@ def test_other_data_on_resume_is_said(run: Path, workplace: Path) -> None:
     assert out.count("now 5: read as a new source, from its beginning") == 1
 
 
-SAVES = ("--checkpoint.save_every", 2)
-
-
 def fail_writing(rank: int) -> None:
     def write(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -250,8 +250,10 @@ def fail_writing(rank: int) -> None:
         save.write_safetensors = write
 
 
-def test_a_save_that_fails_on_one_rank_is_said_once(workplace: Path) -> None:
-    ended = start("train", "--config", "config.toml", "--train.global_batch_size", 6, *SAVES, ranks=3, change=fail_writing)
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_save_that_fails_on_one_rank_is_said_once(asynchronous: str, workplace: Path) -> None:
+    flags = ("--checkpoint.failures_allowed", 0, "--checkpoint.asynchronous", asynchronous, "--train.global_batch_size", 6)
+    ended = start("train", "--config", "config.toml", *flags, *SAVES, ranks=3, change=fail_writing)
     said = "".join(rank.err for rank in ended)
     assert [rank.code for rank in ended] == [2, 2, 2] and said.count("\n") == 1
     assert said.startswith("error (rank 1): checkpoint run/checkpoints/step_00000002") and "No space left" in said

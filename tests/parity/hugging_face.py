@@ -6,27 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_llama.config import ModelConfig
-
-LAYER_NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-OTHER_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-
-
-def hugging_face_name(name: str) -> str:
-    """`layers.3.attention.wq` -> `model.layers.3.self_attn.q_proj.weight`."""
-    if name in OTHER_NAMES:
-        return f"{OTHER_NAMES[name]}.weight"
-    _, layer, rest = name.split(".", 2)
-    return f"model.layers.{layer}.{LAYER_NAMES[rest]}.weight"
+from megatron_llama.interop.hugging_face import hugging_face_name
 
 
 def build(model: ModelConfig, weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:

@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 
 from megatron_llama.config import ParallelConfig, ZeroConfig
+from megatron_llama.verdict import HostSums
 from tests.parity.test_parity import SHALLOW, SMALL_BATCH, STAGE_0, layout
 from tests.parity.training import MODEL, TRAIN, Case, train
 from tests.ranks import run_ranks
 
 FP32_BYTES, FP64_BYTES, INT64_BYTES = 4, 8, 8
+TOTALS = 2 + len(HostSums._fields)  # of a step, over the world: squared norm, loss, and what the hosts add
 
 CASES = [
     Case("tp2", layout(tp=2), MODEL, SMALL_BATCH),
@@ -71,8 +73,7 @@ def expected_bytes(case: Case, rank: int, bucket_elements: int, norm_elements: i
         else:
             add("reduce_scatter", "data", ring(bucket_elements * FP32_BYTES, dp))
             add("all_gather", "data", ring(bucket_elements * FP32_BYTES, dp))
-    # world: squared norm, loss, wish to stop, seconds waited for data
-    add("all_reduce", "world", 2 * ring(4 * FP64_BYTES, tp * pp * dp))
+    add("all_reduce", "world", 2 * ring(TOTALS * FP64_BYTES, tp * pp * dp))
     return sent
 
 
@@ -135,7 +136,7 @@ def test_bytes_of_gradients_and_weights_in_bf16(ranks: int, zero: ZeroConfig, by
             members = 2 if message[1] in ("shard", "copies") else ranks
             assert sent.pop(message) == size * elements * (members - 1) / members
         assert {message: size for message, size in sent.items() if size} == {
-            ("all_reduce", "world"): 2 * 4 * FP64_BYTES * (ranks - 1) // ranks
+            ("all_reduce", "world"): 2 * TOTALS * FP64_BYTES * (ranks - 1) // ranks
         }
 
 

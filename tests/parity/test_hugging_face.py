@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from megatron_llama.config import ModelConfig, ParallelConfig
+from megatron_llama.interop.hugging_face import hugging_face_name
 from megatron_llama.runtime import build_runtime
 from parallel.collectives import all_gather
 from parallel.pipeline.schedules import forward_only
-from tests.parity.hugging_face import build, hugging_face_name
+from tests.parity.hugging_face import build
 from tests.parity.training import MODEL, TRAIN, Case, assemble, document_starts, packed_documents, sample, train
 from tests.ranks import run_ranks
 

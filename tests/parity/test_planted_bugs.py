@@ -152,9 +152,9 @@ def forget_the_count_of_steps(monkeypatch) -> None:
 def forget_the_second_moments(monkeypatch) -> None:
     load = megatron_llama.state.load_tensors
 
-    def partial(directory, targets, manifest=None):
+    def partial(directory, targets, *options):
         kept = [target for target in targets if not target.name.startswith("exp_avg_sq/")]
-        return load(directory, kept, manifest)
+        return load(directory, kept, *options)
 
     monkeypatch.setattr(megatron_llama.state, "load_tensors", partial)
 

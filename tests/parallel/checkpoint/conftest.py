@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.checkpoint import save
-from parallel.checkpoint.save import GroupVoter, save_checkpoint
+from parallel.checkpoint import files
+from parallel.checkpoint.save import save_checkpoint
+from parallel.checkpoint.voting import GroupVoter
 from parallel.shards import Box, Replica, Segment, Shard, TensorBox, range_pieces
 
 torch.set_num_threads(1)  # the ranks are forked
@@ -253,4 +254,4 @@ def model():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """CRC blocks and staging of 4096 bytes, so that small tensors cross many."""
-    monkeypatch.setattr(save, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4096)

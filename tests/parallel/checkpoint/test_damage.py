@@ -14,19 +14,21 @@ import torch
 
 from parallel.checkpoint import (
     SingleProcess,
+    files,
     load_tensors,
     newest_checkpoint,
     read_extra_file,
     read_manifest,
-    save,
     save_checkpoint,
     verify_checkpoint,
 )
+from parallel.checkpoint.load import find_damage
+from parallel.checkpoint.manifest import DamagedError
 from parallel.errors import CheckpointError
 from parallel.shards import Box, TensorBox
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
-FLIPS = 300
+FLIPS, TRUNCATIONS = 1000, 50
 
 
 def load_all(directory, targets):
@@ -38,13 +40,28 @@ def load_all(directory, targets):
 @pytest.fixture
 def saved(tmp_path, model, monkeypatch):
     """A checkpoint of two ranks, and targets of another layout that need every block: headers share one with tensors."""
-    monkeypatch.setattr(save, "BLOCK_BYTES", 16384)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 16384)
     directory = model.save_layout(tmp_path / "good", 1, (2, 1, 1), extra_files={"tokenizer.model": bytes(300)})
     return directory, model.RankState((1, 1, 1), 0, filled=False).targets()
 
 
-def test_no_flipped_bit_loads_silently(saved):
-    directory, targets = saved
+@pytest.fixture
+def small(tmp_path, model):
+    """A checkpoint of two ranks with a few boxes, for loads by the thousand, and targets that need every block (4096 bytes)."""
+
+    def body(voter):
+        groups = {
+            group: [box_of(name, torch.randn(40, 64), (40 * voter.rank, 0), (80, 64))]
+            for group, name in (("weights", "w"), ("optimizer", "exp_avg/w"))
+        }
+        return save_checkpoint(tmp_path, 1, groups, {}, world=voter, extra_files={"tokenizer.model": bytes(300)})
+
+    targets = [box_of("w", torch.zeros(80, 30), (0, 7), (80, 64)), box_of("exp_avg/w", torch.zeros(80, 64))]
+    return model.run_threads(2, body)[0], targets
+
+
+def test_no_flipped_bit_loads_silently(small):
+    directory, targets = small
     load_all(directory, targets)
     files = sorted(directory.iterdir())
     assert len(files) == 7  # 2 x weights, 2 x optimizer, tokenizer.model, manifest.json, COMMIT
@@ -54,23 +71,55 @@ def test_no_flipped_bit_loads_silently(saved):
         position, bit = generator.randrange(path.stat().st_size), generator.randrange(8)
         with open(path, "r+b") as file:
             os.pwrite(file.fileno(), bytes([os.pread(file.fileno(), 1, position)[0] ^ 1 << bit]), position)
-            for read in (lambda: load_all(directory, targets), lambda: verify_checkpoint(directory)):
-                with pytest.raises(CheckpointError, match=re.escape(path.name)) as caught:
+            reads = [lambda: load_all(directory, targets)] + [lambda: verify_checkpoint(directory)] * (number % 5 == 0)
+            for read in reads:
+                with pytest.raises(DamagedError, match=re.escape(path.name)) as caught:
                     read()
                 assert str(directory) in str(caught.value)
                 if path.suffix == ".safetensors":
-                    assert f"block {position // 16384} " in str(caught.value)
+                    assert f"block {position // 4096} " in str(caught.value)
+                    assert (caught.value.file, caught.value.block) == (path.name, position // 4096)
             os.pwrite(file.fileno(), bytes([os.pread(file.fileno(), 1, position)[0] ^ 1 << bit]), position)
     load_all(directory, targets)
+
+
+def test_no_file_that_was_cut_off_loads_silently(small):
+    directory, targets = small
+    paths, generator = sorted(directory.iterdir()), random.Random(6)
+    for number in range(TRUNCATIONS):
+        path = paths[number % len(paths)]
+        data = path.read_bytes()
+        os.truncate(path, generator.randrange(len(data)))
+        for read in (lambda: load_all(directory, targets), lambda: verify_checkpoint(directory)):
+            with pytest.raises(DamagedError, match=re.escape(path.name)):
+                read()
+        path.write_bytes(data)
+    load_all(directory, targets)
+
+
+def test_all_damage_is_found_at_once(saved):
+    directory, _ = saved
+    damaged = [("optimizer-00000.safetensors", 2), ("weights-00001.safetensors", 0), ("weights-00001.safetensors", 1)]
+    for name, block in damaged:
+        flip(directory / name, block * 16384 + 100)
+    flip(directory / "tokenizer.model", 7)
+    seen = []
+    found = [(error.file, error.block) for error in find_damage(directory, seen.append)]
+    assert sorted(found, key=str) == sorted([*damaged, ("tokenizer.model", None)], key=str)
+    assert sum(seen) == read_manifest(directory).total_bytes
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
 
 
 def test_damage_in_bytes_that_no_target_needs_is_left_to_verification(tmp_path):
     tensor = torch.randn(3000)  # 12,000 bytes: three to four blocks
     directory = save_checkpoint(tmp_path, 1, {"weights": [box_of("w", tensor)]}, {}, world=SingleProcess())
     path = directory / "weights-00000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    flip(path, -1)
     first = torch.zeros(500)
     load_tensors(directory, [box_of("w", first, (0,), (3000,))])
     assert torch.equal(first, tensor[:500])
@@ -224,6 +273,18 @@ HOSTILE = {
     "not JSON": (lambda f: b"\x80\x04pickle", "not valid JSON"),
     "deep nesting": (lambda f: b"[" * 10**6, "not valid JSON"),
     "a huge number": (lambda f: b'{"step": ' + b"9" * 10**5 + b"}", "not valid JSON"),
+    "deep nesting in the state": (
+        lambda f: json.dumps({**f, "state": None}).encode().replace(b"null", b"[" * 10**5 + b"]" * 10**5), "not valid JSON"
+    ),
+    "a step beyond 64 bits": (set_path("step", 2**70), "not an integer from 0"),
+    "a NUL in a file name": (lambda f: rename_file(f, "weights-0000\x00.safetensors"), "name of a data file"),
+    "a name longer than a path": (set_path("boxes", 0, 0, "w" * 10**6), "no such tensor is listed"),
+    "traversal by an extra file named VERIFIED": (set_path("extra_files", "VERIFIED", {"size": 1, "crc32": 0}), "extra file"),
+    "sizes that add up beyond memory": (
+        lambda f: (f["tensors"].update(v={**f["tensors"]["w"], "shape": [2**31, 2**30]}),
+                   f["boxes"].append(["v", [0, 0], [2**31, 2**30], f["boxes"][0][3], 32768])), "the file at byte",
+    ),
+    "state of another kind": (set_path("state", []), "state is not an object"),
     "a key twice": (lambda f: b'{"format": 1, "format": 2}', "twice"),
 }
 

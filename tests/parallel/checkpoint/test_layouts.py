@@ -131,6 +131,24 @@ def test_state_and_extra_files_come_back(tmp_path):
         read_extra_file(directory, "vocab.txt")
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_values_are_widened_only_where_that_is_asked_for(tmp_path, stored):
+    source = torch.randn(90, 70).to(stored)
+    directory = save_checkpoint(tmp_path, 1, {"weights": [boxed("w", source)]}, {}, world=SingleProcess())
+    wider = torch.float64 if stored == torch.float32 else torch.float32
+    whole, columns = torch.full((90, 70), math.nan, dtype=wider), torch.full((90, 33), math.nan, dtype=wider)
+    targets = [boxed("w", whole), TensorBox("w", (90, 70), Box((0, 30), (90, 33)), columns)]
+    with pytest.raises(CheckpointError, match="use the dtype with which it was saved"):
+        load_tensors(directory, targets)
+    load_tensors(directory, targets, widen=True)
+    assert torch.equal(whole, source.to(wider)) and torch.equal(columns, source[:, 30:63].to(wider))
+    for narrow in (torch.bfloat16, torch.float16):
+        if narrow != stored:
+            with pytest.raises(CheckpointError, match="use the dtype with which it was saved"):
+                load_tensors(directory, [boxed("w", torch.zeros(90, 70, dtype=narrow))], widen=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.usefixtures("small_blocks")
