@@ -1,0 +1,1 @@
+"""Other people's checkpoint formats, to and from ours. Reading order: stored_model, native, then a format."""
