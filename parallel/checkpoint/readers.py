@@ -87,6 +87,7 @@ class GroupReaders(Readers):
                 self._node, self.node_rank, self.node_size = node, ranks.index(dist.get_rank()), len(ranks)
 
     def together(self, work: Callable[[], Result]) -> Result:
+        """As of one process, and where a rank fails, what it has found is told to the others."""
         results, error = [], None
         try:
             results.append(work())

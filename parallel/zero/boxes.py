@@ -31,8 +31,11 @@ def state_boxes(
     for part, flat in zip(parts, flats, strict=True):
         for piece, place in part.pieces():
             values, segment = flat[place].view(piece.box.shape), piece.segment
-            wanted = [piece.box] if data_copy is None else [piece.box.intersect(box) for box in _share(segment, *data_copy)]
-            for box in wanted:
+            if data_copy is None or (segment.replica is None and data_copy[1] == 1):  # no other rank has it
+                yield TensorBox(prefix + segment.name, segment.global_shape, piece.box, values)
+                continue
+            for share in _share(segment, *data_copy):
+                box = piece.box.intersect(share)
                 if box is not None:
                     inside = box.shifted(piece.box.offset, (0,) * len(box.offset))
                     yield TensorBox(prefix + segment.name, segment.global_shape, box, values[inside.slices()])
@@ -44,8 +47,6 @@ def _share(segment: Segment, index: int, copies: int) -> list[Box]:
     if replica is not None:
         index, copies = replica.index * copies + index, replica.size * copies
     count = segment.box.numel
-    if copies == 1:
-        return [segment.box]
     if count < SHARED_ELEMENTS * copies:
         return [segment.box] if zlib.crc32(segment.name.encode()) % copies == index else []
     ranges = range_boxes(segment.box.shape, count * index // copies, count * (index + 1) // copies)

@@ -26,10 +26,11 @@ class ShardState:
         self.size, self.device = weights.numel(), weights.device
         master = Remainder(weights) if settings.master_weights == "remainder" else Master(weights)
         self.kinds: dict[str, Storage] = {MASTER: master}
-        if settings.algorithm == "adamw":
-            for moment in MOMENTS:
-                rounded = settings.moment_dtype == torch.bfloat16
-                self.kinds[moment] = Rounded(weights) if rounded else Whole(torch.zeros_like(weights, dtype=torch.float32))
+        for moment in MOMENTS if settings.algorithm == "adamw" else ():
+            if settings.moment_dtype == torch.bfloat16:
+                self.kinds[moment] = Rounded(weights)
+            else:
+                self.kinds[moment] = Whole(torch.zeros(self.size, dtype=torch.float32, device=self.device))
         self.is_whole = all(storage.whole is not None for storage in self.kinds.values())
 
     def read(self, kind: str) -> Tensor:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.zero.support import CONDITIONS, FEATURES, REFUSALS, matrix, refusal
+from parallel.zero.support import FEATURES, REFUSALS, matrix, refusal
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -25,10 +25,6 @@ def test_refusals_are_of_known_features_and_say_what_to_set(engine, stage):
     assert set(row) <= {"", *FEATURES}
     for refused in row.values():
         assert refused.because and not refused.because.endswith(".") and "--" in refused.instead
-
-
-def test_conditions_belong_to_refusals():
-    assert all(feature in REFUSALS[engine, stage] for engine, stage, feature in CONDITIONS)
 
 
 def test_lookups():
