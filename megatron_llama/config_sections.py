@@ -171,6 +171,8 @@ class TrainConfig:
     compile: bool = setting(False, "torch.compile what lies between a block's linears and attention")
     cuda_graphs: bool = setting(False, "replay each micro-batch's kernels from a CUDA graph")
     device: str = setting("auto", "where to run; auto takes CUDA if there is any", choices=("auto", "cpu", "cuda"))
+    start_timeout: float = setting(600.0, "seconds that ranks wait for each other until the first step has ended", minimum=1.0)
+    step_timeout: float = setting(300.0, "seconds that ranks wait for each other in later steps", minimum=1.0)
     evaluate_every: int = setting(0, "steps between held-out evaluations; 0 is off", minimum=0)
     evaluate_tokens: int = setting(1_000_000, "tokens of one held-out evaluation", minimum=1)
 

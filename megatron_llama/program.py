@@ -16,12 +16,14 @@ import torch.distributed as dist
 from parallel import launch as launching
 from parallel.checkpoint.save import FailedElsewhere
 from parallel.collectives import all_reduce
-from parallel.errors import CheckpointError, ConfigError, DataError, UserError
+from parallel.errors import CheckpointError, ConfigError, DataError, LaunchError, LostContactError, UserError
 from parallel.groups import Axis
 from parallel.launch import Launch
 
-USER_ERROR = 2  # exit code of a run that its user can mend
-STOPPED = 75  # exit code of a run that was asked to stop and has saved its state: start it again
+# exit codes, those of sysexits.h; 0 is done, others than these a defect or a signal
+USER_ERROR = 78  # its user has to mend something: starting it again would not help
+STOPPED = 75  # asked to stop, and its state is saved: start it again
+LOST = 69  # ranks did not come, or went: start it again
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 LOGGER = "megatron_llama"
 
@@ -30,7 +32,7 @@ Result = TypeVar("Result")
 
 def run_program(main: Callable[[Launch], int]) -> int:
     """Call `main` and return its exit code. A UserError becomes one line, whichever rank raises it."""
-    launch = Launch()
+    launch, lost = Launch(), False
     try:
         launch = launching.detect()
         return main(launch)
@@ -39,11 +41,12 @@ def run_program(main: Callable[[Launch], int]) -> int:
     except UserError as error:
         if _speaks(launch, error):
             say(error, launch.rank)
-        return USER_ERROR
+        lost = isinstance(error, LaunchError | LostContactError)
+        return LOST if lost else USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     finally:
-        launching.stop()
+        launching.stop(lost)
 
 
 def asks_for_help(argv: list[str]) -> bool:
@@ -57,7 +60,8 @@ def _speaks(launch: Launch, error: UserError) -> bool:
     What is wrong with the settings or with a node, every rank of the node finds alike: its first one says it. Once the
     ranks work together, a bad file may be seen by one rank alone.
     """
-    return launch.local_rank == 0 or (dist.is_initialized() and isinstance(error, DataError | CheckpointError))
+    found_by_one = isinstance(error, DataError | CheckpointError | LostContactError)
+    return launch.local_rank == 0 or (dist.is_initialized() and found_by_one)
 
 
 def say(error: UserError | None, rank: int) -> None:

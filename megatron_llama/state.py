@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_llama.code_version import code_version
 from megatron_llama.config import ModelConfig, RunConfig, checkpoint_directory, from_dict, to_dict
 from megatron_llama.interop.stored_model import logical_shapes
 from megatron_llama.runtime import Runtime
@@ -77,6 +78,7 @@ def _contents(
         "config": to_dict(config),
         "world_size": runtime.groups.topology.world_size,
         "dataset": dataset,
+        "code": code_version() if runtime.groups.world.rank == 0 else "",  # rank 0 writes the manifest
     }
 
     def groups() -> Groups:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 import megatron_llama
+from megatron_llama.code_version import code_version
 from megatron_llama.config import (
     RunConfig,
     load_config,
@@ -43,17 +44,19 @@ from megatron_llama.step import TrainStep, make_engine
 from megatron_llama.tokenizer import Tokenizer
 from megatron_llama.trainer import Trainer
 from parallel import launch as launching
+from parallel.collectives import contact_kept
 from parallel.errors import ConfigError
 from parallel.launch import Launch
 from parallel.zero.engine import Engine
-
-TIMEOUT = timedelta(minutes=10)
 
 Result = TypeVar("Result")
 
 
 def main(launch: Launch, argv: list[str]) -> int:
-    """Train as the arguments ask for. Returns 0 (done, or nothing left to do) or 75 (stopped with its state saved)."""
+    """Train as the arguments ask for. Returns 0 (done, or nothing left to do) or 75 (stopped with its state saved).
+
+    Other exit codes: 78 (something is to be mended first), 69 (another rank has died or does not answer).
+    """
     if launch.rank and asks_for_help(argv):
         return 0
     config = load_config(argv)
@@ -64,8 +67,9 @@ def main(launch: Launch, argv: list[str]) -> int:
     validate(config, launch.world_size)
     settled = settle_schedule(config, launch.world_size)
     device = launching.choose_device(launch, config.train.device)
-    launching.start(launch, device, TIMEOUT)
-    runtime = build_runtime(settled, launch.rank, launch.world_size, device, TIMEOUT)
+    timeout = timedelta(seconds=config.train.start_timeout)
+    launching.start(launch, device, timeout)
+    runtime = build_runtime(settled, launch.rank, launch.world_size, device, timeout)
     world, data = runtime.groups.world, runtime.groups.data
     train_data, held_out, tokenizer, data_position = agree(lambda: _open_data(config), world, device)
     log = agree(lambda: _in_run_directory(config, lambda directory: open_log(directory, launch.rank)), world, device)
@@ -96,7 +100,8 @@ def main(launch: Launch, argv: list[str]) -> int:
         evaluator = agree(lambda: Evaluator(runtime, held_out, micro_batch_size, mask), world, device)
 
     saver = Saver(runtime, engine, train_data.state, tokenizer, position.step)
-    finished = Trainer(config, step, engine, loader, position, saver, evaluator, metrics).run()
+    with contact_kept(world):
+        finished = Trainer(config, step, engine, loader, position, saver, evaluator, metrics).run()
     if metrics is not None:
         metrics.close()
     return 0 if finished else STOPPED
@@ -146,13 +151,14 @@ def describe(
         f"stage {s} (pp rank {runtime.placement.rank(s)}): layers {layers.start}-{layers.stop - 1}"
         for s, layers in enumerate(runtime.layers)
     )
+    version = code_version() if launch.rank == 0 else megatron_llama.__version__  # (git is not asked 2048 times)
     chunks = f" with {parallel.chunks} chunks" if parallel.chunks > 1 else ""
     peaks = ", ".join(map(str, report.peak_activations))
     micro_batches = train.global_batch_size // (train.micro_batch_size * groups.data.size)
     tokens = train.global_batch_size * train.sequence_length
     return "\n".join(
         [
-            f"Megatron-LLaMA {megatron_llama.__version__}, torch {torch.__version__}, {launch.world_size} x "
+            f"Megatron-LLaMA {version}, torch {torch.__version__}, {launch.world_size} x "
             f"{runtime.device.type} ({launch.launcher})",
             f"model     {model.preset or 'custom'}: {parameter_count(model):,} parameters, {model.num_layers} layers, "
             f"hidden {model.hidden_size}, {model.num_heads} heads, {model.num_kv_heads} kv heads, {train.dtype}",

@@ -6,6 +6,7 @@ import logging
 import resource
 import signal
 import time
+from datetime import timedelta
 
 import torch
 
@@ -66,7 +67,7 @@ class Trainer:
         self.config, self.step, self.engine, self.loader = config, step, engine, loader
         self.position, self.saver, self.evaluator, self.metrics = position, saver, evaluator, metrics
         self.tracer = StepTracer(config.log, step.executor)
-        self.last_step = total_steps(config)
+        self.first_step, self.last_step = position.step + 1, total_steps(config)
         self.end_step = min(self.last_step, config.train.exit_step or self.last_step)
         self.tokens_per_step = tokens_per_step(config)
         device, world = step.runtime.device, step.runtime.groups.topology.world_size
@@ -121,6 +122,8 @@ class Trainer:
     def _report(self, verdict: Verdict) -> bool:
         """Record a finished step; returns whether the ranks have agreed to stop."""
         numbers = verdict.read()
+        if verdict.step == self.first_step:  # kernels are compiled, connections made: from now on nobody is late for long
+            self.step.runtime.groups.set_timeout(timedelta(seconds=self.config.train.step_timeout))
         self.saver.hear(numbers.sums.saving)
         seconds, self._since = verdict.finished.seconds_since(self._since), verdict.finished
         if self.metrics is not None:

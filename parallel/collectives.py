@@ -7,8 +7,8 @@ wait and never the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from parallel.errors import LostContactError
 from parallel.groups import Axis
 
 # torch 2.13 renamed them and warns about the old names; 2.11 has only the old ones.
@@ -23,6 +24,10 @@ _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 LARGE_BYTES = 1 << 20  # of a part of a gather, from which on messages of two ranks are cheaper than gloo's collective
+
+
+# What gloo says where the other side is gone or silent; NCCL's errors have a type of their own.
+GLOO_COMPLAINTS = ("Connection closed", "Connection reset", "Timed out waiting", "pair closure", "Broken pipe")
 
 
 class Handle(Protocol):
@@ -233,6 +238,21 @@ def start_exchange(tensor: Tensor, out: Tensor, axis: Axis, shift: int) -> Handl
     axis.record("exchange", _size_bytes(tensor))
     with _range("exchange", axis):
         return All(_exchange(tensor, out, axis, target, source))
+
+
+@contextmanager
+def contact_kept(world: Axis) -> Iterator[None]:
+    """Inside this context the end or silence of another rank is a LostContactError, which names this rank's latest call."""
+    try:
+        yield
+    except RuntimeError as error:  # DistError is one
+        if not isinstance(error, dist.DistError) and not any(complaint in str(error) for complaint in GLOO_COMPLAINTS):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise LostContactError(
+            f"rank {world.rank} has lost another rank in {world.ledger.last}, or before it: {reason}. That one has died or "
+            "does not answer; its own log says why. Start the same command again to go on from the newest checkpoint"
+        ) from error
 
 
 def barrier(axis: Axis, device: torch.device) -> None:

@@ -13,6 +13,10 @@ class LaunchError(UserError):
     """The processes, devices or rendezvous found at start do not fit the job."""
 
 
+class LostContactError(UserError):
+    """Another rank has died, or does not answer."""
+
+
 class DataError(UserError):
     """A dataset or text file is missing, truncated, foreign or inconsistent."""
 

@@ -12,6 +12,7 @@ from datetime import timedelta
 from types import MappingProxyType
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from parallel.ledger import Ledger
 from parallel.topology import Coordinates, Topology
@@ -77,6 +78,13 @@ class ProcessGroups:
         if kind == "F":
             return self.pp_forward if source < target else self.pp_forward_down
         return self.pp_backward if source > target else self.pp_backward_up
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Bound every collective and message of these axes by `timeout` from now on. Only this rank's waiting is concerned."""
+        axes = [value for value in vars(self).values() if isinstance(value, Axis)]
+        for axis in [*axes, *self.replicas.values()]:
+            if axis.group is not None:
+                _set_pg_timeout(timeout, axis.group)
 
 
 def build_groups(

@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from parallel import launchers
 from parallel.errors import LaunchError
@@ -71,9 +72,16 @@ def start(launch: Launch, device: torch.device, timeout: timedelta = timedelta(m
         raise LaunchError(f"{where} could not join the others over {backend}: {error}") from error
 
 
-def stop() -> None:
-    """Leave the process group, if there is one. Call it on every way out that all ranks take."""
-    if dist.is_initialized():
+def stop(lost: bool = False) -> None:
+    """Leave the process group, if there is one. Call it on every way out that all ranks take.
+
+    `lost`: another rank has died or does not answer, so nobody is waited for.
+    """
+    if not dist.is_initialized():
+        return
+    if lost and dist.get_backend() == "nccl":
+        _abort_process_group()  # to destroy it would wait for what will never come
+    else:
         dist.destroy_process_group()
 
 

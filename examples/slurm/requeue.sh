@@ -2,9 +2,10 @@
 #
 #   run_step RUN COMMAND...      RUN is the run directory (log.directory)
 #
-# Exit codes of megatron_llama.train: 0 done; 75 stopped with its state saved; 2 and 78 a mistake that no restart mends. After any
-# other end (a rank was killed, a node was slow) the job is requeued as well, as long as restarts bring new checkpoints: at most
-# MAX_FRUITLESS_RESTARTS (3) in a row without one. SLURM itself requeues jobs that lose a node (--requeue).
+# Exit codes of megatron_llama.train: 0 done; 75 stopped with its state saved; 78 a mistake that no restart mends (2: wrong
+# usage). After any other end (69: a rank has died or does not answer) the job is requeued as well, as long as restarts bring
+# new checkpoints: at most MAX_FRUITLESS_RESTARTS (3) in a row without one. SLURM itself requeues jobs that lose a node
+# (--requeue).
 
 stop_signal=${STOP_SIGNAL:-USR1}  # torchrun's agents know TERM only
 

@@ -1,4 +1,4 @@
-"""What users get wrong: one line on standard error that names the value and the fix, exit code 2, and nothing trained."""
+"""What users get wrong: one line on standard error that names the value and the fix, exit code 78, and nothing trained."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def refused(program: str, *argv: object, ranks: int = 1, change: Change | None =
     """Start a program that must refuse; returns its one line, without the line's end."""
     ended = start(program, *argv, ranks=ranks, change=change)
     said = "".join(rank.err for rank in ended)
-    assert [rank.code for rank in ended] == [2] * ranks, said
+    assert [rank.code for rank in ended] == [78] * ranks, said
     assert said.startswith("error") and said.count("\n") == 1 and said.endswith("\n"), said
     assert not any("Traceback" in rank.out for rank in ended)
     assert not records(Path("run")) and not records(Path("other"))
@@ -181,7 +181,7 @@ def fail_reading(rank: int) -> None:
 def test_an_error_that_one_rank_meets_on_the_way_is_said(workplace: Path) -> None:
     """The other rank loses its partner, and says that; the launcher ends what would still wait."""
     ended = start("train", *CONFIG, ranks=2, change=fail_reading)
-    assert ended[1].code == 2 and ended[1].err == "error (rank 1): train.bin: became shorter while in use\n"
+    assert ended[1].code == 78 and ended[1].err == "error (rank 1): train.bin: became shorter while in use\n"
     assert ended[0].code != 0
 
 

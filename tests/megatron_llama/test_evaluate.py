@@ -226,9 +226,9 @@ def test_names_of_sources() -> None:
 def test_errors_of_held_out_data_name_their_setting(run: Path, workplace: Path) -> None:
     some_weighted = '["valid", {prefix = "train", weight = 0.5}]'
     (ended,) = start("train", "--config", "config.toml", "--data.valid", some_weighted)
-    assert ended.code == 2 and ended.err.startswith("error: data.valid: valid has no weight")
+    assert ended.code == 78 and ended.err.startswith("error: data.valid: valid has no weight")
     (ended,) = start("evaluate", "--checkpoint", run, "--data", "valid", "valid")
-    assert ended.code == 2 and ended.err == "error: --data: valid is there twice; remove one of them\n"
+    assert ended.code == 78 and ended.err == "error: --data: valid is there twice; remove one of them\n"
 
 
 def test_an_odd_length_under_sequence_parallelism(run: Path, workplace: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import megatron_llama
 from megatron_llama.config import help_text, load_config
 from megatron_llama.config_file import SECTIONS
 from megatron_llama.data.blend import build_blend
@@ -235,7 +237,7 @@ def test_other_data_on_resume_is_said(run: Path, workplace: Path) -> None:
     assert values(workplace / "a") == values(run)[4:5]
     changed = [*flags, "--data.train", "moved/text", "--data.seed", 5, "--log.directory", "b"]
     ended = start("train", "--config", "config.toml", *changed, ranks=2)
-    assert [rank.code for rank in ended] == [2, 2]
+    assert [rank.code for rank in ended] == [78, 78]
     said = "".join(rank.err for rank in ended)
     assert said.count("\n") == 1 and "data.seed 1234 in the checkpoint, now 5" in said and "--data.allow_changed true" in said
     out = train(*changed, "--data.allow_changed", "true", ranks=2)
@@ -255,7 +257,7 @@ def test_a_save_that_fails_on_one_rank_is_said_once(asynchronous: str, workplace
     flags = ("--checkpoint.failures_allowed", 0, "--checkpoint.asynchronous", asynchronous, "--train.global_batch_size", 6)
     ended = start("train", "--config", "config.toml", *flags, *SAVES, ranks=3, change=fail_writing)
     said = "".join(rank.err for rank in ended)
-    assert [rank.code for rank in ended] == [2, 2, 2] and said.count("\n") == 1
+    assert [rank.code for rank in ended] == [78, 78, 78] and said.count("\n") == 1
     assert said.startswith("error (rank 1): checkpoint run/checkpoints/step_00000002") and "No space left" in said
     assert steps_in(workplace / "run") == []
 
@@ -269,6 +271,7 @@ def test_position_and_settings_are_in_the_checkpoint(run: Path) -> None:
     state = read_manifest(run / "checkpoints/step_00000004").state
     assert state["position"] == {"step": 4, "samples": 4 * BATCH_SIZE, "tokens": 4 * TOKENS_PER_STEP}
     assert state["config"]["model"]["hidden_size"] == 32 and state["optimizer_steps"] == 4
+    assert state["code"].startswith(megatron_llama.__version__)
 
 
 # print and help
@@ -348,3 +351,24 @@ def test_each_step_is_timed_by_itself(workplace: Path) -> None:
     train("--log.directory", "slow", "--checkpoint.save_every", 4, change=slow_steps)
     seconds = values(Path("slow"), "step_seconds")
     assert len(seconds) == STEPS and min(seconds) >= pause_seconds
+
+
+def test_a_rank_that_dies_is_missed_by_name_of_the_call(workplace: Path) -> None:
+    """The others say in one line what they were at, and end with a code that asks for a restart."""
+
+    def die_in_the_third_step(rank: int) -> None:
+        steps, run = [], TrainStep.run
+
+        def run_or_die(self, *arguments):
+            steps.append(1)
+            if rank == 1 and len(steps) == 3:
+                raise RuntimeError("planted")
+            return run(self, *arguments)
+
+        TrainStep.run = run_or_die
+
+    ended = start("train", "--config", "config.toml", ranks=2, change=die_in_the_third_step)
+    assert ended[1].code == 1 and "planted" in ended[1].err
+    assert ended[0].code == 69 and "Traceback" not in ended[0].err
+    said = r"error: rank 0 has lost another rank in \w+ over \w+ .*, or before it: .*\n"
+    assert re.fullmatch(said, ended[0].err), ended[0].err

@@ -48,7 +48,7 @@ def test_a_limit_ends_a_run_before_it_starts(workplace: Path) -> None:
     flags = ["--config", "config.toml", "--data.train", MIXED, "--train.steps", 300, "--train.exit_step", 1]
     ended = start("train", *flags, ranks=2)
     said = "".join(rank.err for rank in ended)
-    assert [rank.code for rank in ended] == [2, 2] and said.count("error") == 1 and "2.00 exceeded" in said
+    assert [rank.code for rank in ended] == [78, 78] and said.count("error") == 1 and "2.00 exceeded" in said
     out = succeed("train", *flags, "--data.on_cap", "redistribute")
     assert out.index("as configured:") < out.index("2.00 exceeded") < out.index("as read:")
 
@@ -113,7 +113,7 @@ def test_packing_is_switched_on_request_alone(documents: Path, workplace: Path) 
     flags = ["--config", "config.toml", "--data.train", documents]
     succeed("train", *flags, "--train.exit_step", 2)
     (ended,) = start("train", *flags, "--data.packing", "best_fit")
-    assert ended.code == 2 and "data.packing none in the checkpoint, now best_fit" in ended.err
+    assert ended.code == 78 and "data.packing none in the checkpoint, now best_fit" in ended.err
     said = succeed("train", *flags, "--data.packing", "best_fit", "--data.allow_changed", "true")
     assert "now best_fit: text may be read again" in said and len(values(workplace / "run")) == 6
 

@@ -1,5 +1,7 @@
 """Axes of real ranks: who is in which group, and that the groups work."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -93,3 +95,16 @@ def test_one_process_needs_no_torch_distributed():
 def test_a_single_axis():
     axis = Axis.single("tp", rank=5)
     assert (axis.rank, axis.size, axis.ranks, axis.group) == (0, 1, (5,), None)
+
+
+def wait_for_a_rank_that_is_late(rank, world_size):
+    groups = grid(rank, tp=world_size)
+    groups.set_timeout(timedelta(seconds=1))
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="[Tt]imed out waiting 1000ms"):
+            all_reduce(torch.zeros(1), groups.tp)
+    dist.barrier()  # of all ranks, which is not among the axes
+
+
+def test_how_long_ranks_wait_for_each_other_may_change():
+    run_ranks(2, wait_for_a_rank_that_is_late)

@@ -158,4 +158,4 @@ def test_training_refuses_another_model(folder: Path, tmp_path: Path, monkeypatc
         "train", "--config", "run.toml", "--log.directory", tmp_path / "run", "--checkpoint.load", "native",
         "--model.num_layers", 3,
     )  # fmt: skip
-    assert ended[0].code == 2 and "num_layers = 2 (this run has 3)" in ended[0].err
+    assert ended[0].code == 78 and "num_layers = 2 (this run has 3)" in ended[0].err
