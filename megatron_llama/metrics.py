@@ -1,12 +1,16 @@
 """The record of a run: `metrics.jsonl`, one JSON object per step, and the same values for TensorBoard.
 
-`step` counts finished updates: the first line has step 1, and a checkpoint of step k holds what lines up to k describe.
-Resuming from step k cuts the file back to k, so a killed and resumed run leaves the file of one that never stopped.
+`step` counts finished updates: the first step is 1, and a checkpoint of step k holds what lines up to k describe. Each
+line has the `time` at which it was written, in seconds since the epoch. A start and an orderly end of the program have lines
+of their own (`event`: start, end); where the end is missing, the program died.
+Resuming from step k cuts the file back to k, so a killed and resumed run leaves the steps of one that never stopped; what is
+cut goes to `discarded.jsonl`, for those who count what a failure has cost (tools/goodput.py).
 """
 
 import json
 import math
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +47,8 @@ class StepRecord:
 class MetricsWriter:
     """Writes a run's records; only rank 0 makes one.
 
-    `resume_step` is the step that the run continues from, 0 for a fresh start: records after it are dropped, from the
-    file (rewritten beside it, then renamed) and from TensorBoard's view.
+    `resume_step` is the step that the run continues from, 0 for a fresh start: records after it leave the file (rewritten
+    beside it, then renamed) and TensorBoard's view.
     """
 
     def __init__(self, run_directory: str | Path, resume_step: int = 0) -> None:
@@ -54,6 +58,8 @@ class MetricsWriter:
         cut_back(self.path, resume_step)
         self._file = open(self.path, "a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
+        self._step = resume_step  # of the newest record
+        self._write({"step": resume_step, "event": "start"})
 
     def write_step(self, record: StepRecord, **extra: Any) -> None:
         """Writes one training step; `extra` fields (such as `skipped=True`) go to the file alone."""
@@ -84,33 +90,45 @@ class MetricsWriter:
         self._tensorboard.flush()
 
     def close(self) -> None:
+        """Ends the record of a program that has come to an orderly end: done, or stopped with its state saved."""
+        self._write({"step": self._step, "event": "end"})
         self.flush()
         self._file.close()
         self._tensorboard.close()
 
     def _write(self, values: dict[str, Any]) -> None:
         """One line; floats as Python's shortest exact form, and null for a loss or norm that is not finite."""
-        self._file.write(json.dumps(finite(values), allow_nan=False) + "\n")
+        self._step = values["step"]
+        self._file.write(json.dumps({**finite(values), "time": round(time.time(), 3)}, allow_nan=False) + "\n")
         self._file.flush()
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Keeps of a metrics file the records up to `step`, byte for byte; unreadable lines, a torn last one too, go.
+    """Keeps of a metrics file the records up to `step`, byte for byte, and moves later ones to `discarded.jsonl` beside it.
 
-    Atomic: the new file replaces the old by one rename, and nothing is rewritten where nothing has to go.
+    Unreadable lines, a torn last one too, go. Atomic: the new file replaces the old by one rename, and nothing is rewritten
+    where nothing has to go. A crash just before the rename leaves discarded lines in both files.
     """
     if not path.exists():
         return
     content = path.read_bytes()
-    kept = b"".join(line for line in content.splitlines(keepends=True) if line.endswith(b"\n") and _step_of(line) <= step)
+    records = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n") and _step_of(line) < math.inf]
+    kept = b"".join(line for line in records if _step_of(line) <= step)
     if kept == content:
         return
+    discarded = b"".join(line for line in records if _step_of(line) > step)
+    if discarded:
+        _write_durably(path.with_name("discarded.jsonl"), "ab", discarded)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(kept)
+    _write_durably(temporary, "wb", kept)
+    os.replace(temporary, path)
+
+
+def _write_durably(path: Path, mode: str, content: bytes) -> None:
+    with open(path, mode) as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _step_of(line: bytes) -> float:

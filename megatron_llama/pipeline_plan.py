@@ -125,7 +125,7 @@ def stage_costs(config: RunConfig, placement: Placement) -> Costs:
 
     again = [fully_recomputed(parallel, count) * layer.forward / second for count in layers]
     if parallel.recompute == "selective":
-        again = seconds(layer.scores, 0.0)
+        again = seconds(layer.forward - layer.weight_backward, 0.0)  # the scores: what is no product with a weight
     inputs = [i + more for i, more in zip(seconds(layer.input_backward, head.input_backward), again, strict=True)]
     weights = seconds(layer.weight_backward, head.weight_backward)
     _, queued = layer_activations(config, parallel.recompute)

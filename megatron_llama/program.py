@@ -16,7 +16,7 @@ import torch.distributed as dist
 from parallel import launch as launching
 from parallel.checkpoint.save import FailedElsewhere
 from parallel.collectives import all_reduce
-from parallel.errors import CheckpointError, ConfigError, DataError, LaunchError, LostContactError, UserError
+from parallel.errors import CheckpointError, ConfigError, DataError, LostContactError, UserError
 from parallel.groups import Axis
 from parallel.launch import Launch
 
@@ -32,7 +32,18 @@ Result = TypeVar("Result")
 
 def run_program(main: Callable[[Launch], int]) -> int:
     """Call `main` and return its exit code. A UserError becomes one line, whichever rank raises it."""
-    launch, lost = Launch(), False
+    code = None
+    try:
+        code = _exit_code(main)
+    finally:
+        launching.stop(lost=code == LOST)
+    if code == USER_ERROR:
+        launching.advise_against_restart()
+    return code
+
+
+def _exit_code(main: Callable[[Launch], int]) -> int:
+    launch = Launch()
     try:
         launch = launching.detect()
         return main(launch)
@@ -41,12 +52,9 @@ def run_program(main: Callable[[Launch], int]) -> int:
     except UserError as error:
         if _speaks(launch, error):
             say(error, launch.rank)
-        lost = isinstance(error, LaunchError | LostContactError)
-        return LOST if lost else USER_ERROR
+        return LOST if isinstance(error, LostContactError) else USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
-    finally:
-        launching.stop(lost)
 
 
 def asks_for_help(argv: list[str]) -> bool:

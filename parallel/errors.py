@@ -13,8 +13,8 @@ class LaunchError(UserError):
     """The processes, devices or rendezvous found at start do not fit the job."""
 
 
-class LostContactError(UserError):
-    """Another rank has died, or does not answer."""
+class LostContactError(LaunchError):
+    """Another rank has not come, has died, or does not answer: a restart may help."""
 
 
 class DataError(UserError):

@@ -17,6 +17,10 @@ run_step() {
     local run=$1 before code fruitless=0 counter
     shift
     before=$(newest_checkpoint "$run")
+    mkdir -p "$run"
+    # (srun may end with the code of a rank that it killed after the one that matters)
+    export NO_RESTART_FILE="$run/no-restart-$SLURM_JOB_ID"
+    rm -f "$NO_RESTART_FILE"
     counter="$run/fruitless-restarts-$SLURM_JOB_ID"
 
     # In the background, as bash runs a trap only between commands, and `wait` can be interrupted.
@@ -30,6 +34,10 @@ run_step() {
     code=0
     wait "$step" || code=$?
 
+    if [[ -e $NO_RESTART_FILE ]]; then
+        rm -f "$NO_RESTART_FILE"
+        code=78
+    fi
     echo "the step ended with code $code"
     case $code in
         0) rm -f "$counter"; return 0 ;;
@@ -42,7 +50,6 @@ run_step() {
         echo "$fruitless times in a row without a new checkpoint: not requeued"
         exit "$code"
     fi
-    mkdir -p "$run"
     echo "$fruitless" > "$counter"
     echo "requeued"
     scontrol requeue "$SLURM_JOB_ID"

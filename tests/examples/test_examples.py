@@ -123,6 +123,15 @@ def test_a_job_script_passes_its_arguments_on(script: Path, tmp_path: Path) -> N
     assert words == [*expected, *further, "--data.train", '["x", "y z"]']
 
 
+def test_a_mistake_counts_whatever_code_srun_ends_with(tmp_path: Path) -> None:
+    """srun ends with the code of a rank that it killed, because another one had found the mistake before."""
+    executable(tmp_path / "srun", '#!/bin/sh\ntouch "$NO_RESTART_FILE"\nexit 143\n')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = sbatch(EXAMPLES / "slurm/many_nodes.sbatch", "config.toml", PATH=path, RUN=str(tmp_path / "run"))
+    assert result.returncode == 78 and "a restart would not help" in result.stdout
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("code", "new_checkpoint", "times_before", "requeued"),
     [

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,29 +27,34 @@ def test_fields_and_full_precision(tmp_path):
     writer.write_step(record(2, mfu=0.41), skipped=True)
     writer.write_evaluation(2, 2.75, {"web": {"loss": 2.75, "perplexity": math.inf}})
     writer.close()
-    first, second, evaluation = lines(tmp_path / "metrics.jsonl")
+    start, first, second, evaluation, end = lines(tmp_path / "metrics.jsonl")
     speeds = ["step_seconds", "tokens_per_second", "data_wait_seconds"]
-    assert list(first) == ["step", "loss", "grad_norm", "learning_rate", "tokens", *speeds]
+    assert list(first) == ["step", "loss", "grad_norm", "learning_rate", "tokens", *speeds, "time"]
     assert first["loss"] == loss and first["grad_norm"] == 1.0 / 3.0
     assert second["mfu"] == 0.41 and second["skipped"] is True
-    assert evaluation == {"step": 2, "valid_loss": 2.75, "valid": {"web": {"loss": 2.75, "perplexity": None}}}
+    assert start == {"step": 0, "event": "start", "time": start["time"]}
+    assert end == {"step": 2, "event": "end", "time": end["time"]}
+    valid = {"web": {"loss": 2.75, "perplexity": None}}
+    assert evaluation == {"step": 2, "valid_loss": 2.75, "valid": valid, "time": evaluation["time"]}
+    times = [line["time"] for line in (start, first, second, evaluation, end)]
+    assert times == sorted(times) and abs(times[0] - time.time()) < 60
 
 
 def test_a_loss_that_is_not_finite_is_null(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write_step(record(1, math.nan))
     writer.close()
-    assert lines(tmp_path / "metrics.jsonl")[0]["loss"] is None
+    assert lines(tmp_path / "metrics.jsonl")[1]["loss"] is None
 
 
 def test_lines_are_there_before_close(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write_step(record(1))
-    assert len(lines(tmp_path / "metrics.jsonl")) == 1
+    assert len(lines(tmp_path / "metrics.jsonl")) == 2
     writer.close()
 
 
-def test_resume_leaves_the_file_of_a_run_that_never_stopped(tmp_path):
+def test_resume_leaves_the_steps_of_a_run_that_never_stopped(tmp_path):
     for name, stops in (("whole", [6]), ("killed", [5, 6])):
         done = 0
         for index, stop in enumerate(stops):
@@ -59,9 +65,24 @@ def test_resume_leaves_the_file_of_a_run_that_never_stopped(tmp_path):
                     writer.write_evaluation(step, 1.0 / step, {})
             writer.close()
             done = 3 if index == 0 else stop  # the newest checkpoint
-    whole, killed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "killed"))
-    assert killed.read_bytes() == whole.read_bytes()
-    assert not list(killed.parent.glob("*.tmp"))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    steps = [[{**line, "time": 0} for line in lines(run / "metrics.jsonl") if "event" not in line] for run in (whole, killed)]
+    assert steps[0] == steps[1]
+    events = [(line["step"], line["event"]) for line in lines(killed / "metrics.jsonl") if "event" in line]
+    assert events == [(0, "start"), (3, "start"), (6, "end")]
+    discarded = lines(killed / "discarded.jsonl")
+    assert [(line["step"], "valid_loss" in line) for line in discarded] == [(4, False), (4, True), (5, False), (5, False)]
+    assert not (whole / "discarded.jsonl").exists() and not list(killed.glob("*.tmp"))
+
+
+def test_every_resume_adds_to_what_is_discarded(tmp_path):
+    for resume, stop in ((0, 3), (2, 4), (2, 3)):
+        writer = MetricsWriter(tmp_path, resume_step=resume)
+        for step in range(resume + 1, stop + 1):
+            writer.write_step(record(step))
+        writer.close()
+    discarded = [line["step"] for line in lines(tmp_path / "discarded.jsonl") if "event" not in line]
+    assert discarded == [3, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +93,7 @@ def test_torn_and_unreadable_lines_go(tmp_path, torn):
     good = b'{"step": 1, "loss": 0.1}\n{"step": 2, "loss": 0.2}\n'
     path.write_bytes(good + torn)
     cut_back(path, 2)
-    assert path.read_bytes() == good
+    assert path.read_bytes() == good and not (tmp_path / "discarded.jsonl").exists()
 
 
 def test_nothing_is_rewritten_where_nothing_goes(tmp_path):
@@ -84,8 +105,10 @@ def test_nothing_is_rewritten_where_nothing_goes(tmp_path):
     cut_back(tmp_path / "absent.jsonl", 1)
 
 
-def test_tensorboard_drops_what_was_after_the_resumed_step(tmp_path):
+def test_tensorboard_drops_what_was_after_the_resumed_step(tmp_path, monkeypatch):
+    started = time.time()
     for resume, steps, loss in ((0, range(1, 6), 9.0), (3, range(4, 5), 1.0)):
+        monkeypatch.setattr(time, "time", lambda now=started + resume: now)  # event files are read in the order of seconds
         writer = MetricsWriter(tmp_path, resume_step=resume)
         for step in steps:
             writer.write_step(record(step, loss))

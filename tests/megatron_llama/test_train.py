@@ -92,12 +92,12 @@ def test_metrics(run: Path) -> None:
     steps, evaluations = records(run), records(run, "valid_loss")
     assert list(steps) == [1, 2, 3, 4, 5, 6] and list(evaluations) == [3, 6]
     speeds = ["step_seconds", "tokens_per_second", "data_wait_seconds"]
-    fields = ["step", "loss", "grad_norm", "learning_rate", "tokens", *speeds]
+    fields = ["step", "loss", "grad_norm", "learning_rate", "tokens", *speeds, "time"]
     for step, line in steps.items():
         assert list(line) == fields  # and no mfu: a CPU's peak is not known
         assert line["tokens"] == step * TOKENS_PER_STEP
         assert line["tokens_per_second"] == TOKENS_PER_STEP / line["step_seconds"]
-    assert all(list(line) == ["step", "valid_loss", "valid"] for line in evaluations.values())
+    assert all(list(line) == ["step", "valid_loss", "valid", "time"] for line in evaluations.values())
     assert all(line["valid"]["valid"]["loss"] == line["valid_loss"] for line in evaluations.values())
     assert steps[6]["loss"] < steps[1]["loss"] - 0.05
 
