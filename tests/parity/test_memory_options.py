@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 from megatron_llama import runtime
 from megatron_llama.config import ParallelConfig
@@ -88,13 +89,11 @@ def train_counting_graphs(rank: int, world_size: int, case: Case) -> tuple[Outco
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("parallel", [layout(), layout(tp=2, sequence_parallel=True)], ids=["1", "tp2"])
-def test_compiled_kernels_train_like_others_and_are_compiled_once(
-    parallel: ParallelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_kernels_train_like_others_and_are_compiled_once(parallel: ParallelConfig) -> None:
     """One graph each for the norm, the norm after an addition, SwiGLU, and the rotation of q and of k (GQA: another shape)."""
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no worker processes in forked ranks
     case = Case("compiled", parallel, GQA, replace(SMALL_BATCH, compile=True))
-    results = run_ranks(case.world_size, train_counting_graphs, case, deadline_seconds=800.0)
+    with inductor.patch(compile_threads=1):  # no worker processes in forked ranks
+        results = run_ranks(case.world_size, train_counting_graphs, case, deadline_seconds=800.0)
     outcomes, graphs = zip(*results, strict=True)
     assert differences(replace(case, train=SMALL_BATCH), list(outcomes)) == []
     assert graphs == (5,) * case.world_size

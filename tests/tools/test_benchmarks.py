@@ -98,7 +98,7 @@ def test_step_sees_another_token():
     done = run("step", *STEP, "--plant-error")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "error: the first loss of ours and the peer differ by more than 2e-06: not the same training"
+        "error: the first loss of ours and transformers differ by more than 2e-06: not the same training"
     )
     assert "ours / products" not in done.stdout
 
@@ -145,7 +145,7 @@ def test_data(tmp_path):
     exact = {figure["name"]: figure for figure in figures if figure["section"] in ("mixture", "packing")}
     assert exact["largest deviation of a source from its share"]["value"] < 1
     assert exact["ours, padding"]["unit"] == "%"
-    assert sum(figure["needed"] != "" for figure in figures) == 13
+    assert sum(figure["needed"] != "" for figure in figures) == 15
 
 
 def test_data_sees_another_character():
