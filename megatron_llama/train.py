@@ -68,12 +68,15 @@ def main(launch: Launch, argv: list[str]) -> int:
     settled = settle_schedule(config, launch.world_size)
     device = launching.choose_device(launch, config.train.device)
     timeout = timedelta(seconds=config.train.start_timeout)
+    heartbeat = launching.open_heartbeat(launch)
     launching.start(launch, device, timeout)
     runtime = build_runtime(settled, launch.rank, launch.world_size, device, timeout)
+    runtime.groups.ledger.heartbeat = heartbeat
     world, data = runtime.groups.world, runtime.groups.data
     train_data, held_out, tokenizer, data_position = agree(lambda: _open_data(config), world, device)
     log = agree(lambda: _in_run_directory(config, lambda directory: open_log(directory, launch.rank)), world, device)
 
+    heartbeat.enter("load")
     engine = make_engine(runtime)
     position = agree(lambda: resume(runtime, engine), world, device)
     if position != data_position:  # the newest checkpoint was found damaged, and an older one was taken
@@ -102,6 +105,7 @@ def main(launch: Launch, argv: list[str]) -> int:
     saver = Saver(runtime, engine, train_data.state, tokenizer, position.step)
     with contact_kept(world):
         finished = Trainer(config, step, engine, loader, position, saver, evaluator, metrics).run()
+    heartbeat.enter("end")
     if metrics is not None:
         metrics.close()
     return 0 if finished else STOPPED

@@ -66,6 +66,7 @@ class Trainer:
     ) -> None:
         self.config, self.step, self.engine, self.loader = config, step, engine, loader
         self.position, self.saver, self.evaluator, self.metrics = position, saver, evaluator, metrics
+        self.heartbeat = step.runtime.groups.ledger.heartbeat
         self.tracer = StepTracer(config.log, step.executor)
         self.first_step, self.last_step = position.step + 1, total_steps(config)
         self.end_step = min(self.last_step, config.train.exit_step or self.last_step)
@@ -87,10 +88,10 @@ class Trainer:
             ahead, _ = self._prepare_next(batches)
             self._since = Moment(self.step.runtime.device)  # where the step under way began
             while ahead is not None and not stopped:
-                batch = ahead
+                step, batch = self.position.step + 1, ahead
+                self.heartbeat.enter("step" if step > self.first_step else "first step", step)
                 ahead, waited = self._prepare_next(batches)
                 rate = learning_rate(self.position.step, self.config.optimizer, self.last_step)
-                step = self.position.step + 1
                 sums = HostSums(stop.wished, waited, *self.saver.progress())
                 with self.tracer.step(step):
                     info = self.step.run(batch, rate, sums)
@@ -167,6 +168,7 @@ class Trainer:
         """Evaluate and save where it is due; their time does not count as a step's."""
         train, checkpoint = self.config.train, self.config.checkpoint
         if self.evaluator is not None and (last or (train.evaluate_every and step % train.evaluate_every == 0)):
+            self.heartbeat.enter("evaluate", step)
             self.engine.finish()
             evaluation = self.evaluator.evaluate()
             if self.metrics is not None:
@@ -179,6 +181,7 @@ class Trainer:
 
     def _save(self, last: bool) -> None:
         """Save, or begin to; `last`: return when the state is safe."""
+        self.heartbeat.enter("save", self.position.step)
         started = time.perf_counter()
         if self.metrics is not None:
             self.metrics.flush()

@@ -9,20 +9,35 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _abort_process_group
 
 from parallel import launchers
-from parallel.errors import LaunchError
+from parallel.errors import LaunchError, LostContactError
+from parallel.heartbeat import Heartbeat, beat_path
 from parallel.launchers import Launch, MeetingPoint
 
-__all__ = ["Launch", "choose_device", "detect", "lent_environment", "provide_local_rank", "start", "stop"]
+__all__ = [
+    "Launch",
+    "advise_against_restart",
+    "become",
+    "choose_device",
+    "detect",
+    "lent_environment",
+    "meet",
+    "open_heartbeat",
+    "provide_local_rank",
+    "start",
+    "stop",
+]
 
 NAMED_RANKS = 8  # that an error lists
+HEARTBEATS = "PARALLEL_HEARTBEATS"  # the directory where a supervisor looks for them
 
 
 def detect(environment: Mapping[str, str] | None = None) -> Launch:
@@ -63,13 +78,13 @@ def start(launch: Launch, device: torch.device, timeout: timedelta = timedelta(m
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        store = _meet(launch, timeout)
+        store = meet(launch, timeout)
         _wait_for_all(store, launch, timeout)
         group_store = dist.PrefixStore("world", store)
         dist.init_process_group(backend, store=group_store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     except (dist.DistError, ValueError, RuntimeError) as error:
         where = f"rank {launch.rank} of {launch.world_size}"
-        raise LaunchError(f"{where} could not join the others over {backend}: {error}") from error
+        raise LostContactError(f"{where} could not join the others over {backend}: {error}") from error
 
 
 def stop(lost: bool = False) -> None:
@@ -85,8 +100,8 @@ def stop(lost: bool = False) -> None:
         dist.destroy_process_group()
 
 
-def _meet(launch: Launch, timeout: timedelta) -> dist.Store:
-    """The store that all ranks share."""
+def meet(launch: Launch, timeout: timedelta) -> dist.Store:
+    """The store that all processes of the launcher share. Raises LaunchError, LostContactError and DistError."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent runs it
         return next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))[0]
     if launch.meeting_point is not None:
@@ -104,8 +119,9 @@ def _store(point: MeetingPoint, launch: Launch, timeout: timedelta) -> dist.TCPS
     except (dist.DistError, RuntimeError) as error:
         if point.serves:
             advice = "another program may have the port: export MASTER_ADDR and a free MASTER_PORT on all nodes"
-            raise LaunchError(f"rank {launch.rank} cannot open port {point.port} for the others ({error}): {advice}") from error
-        raise LaunchError(
+            text = f"rank {launch.rank} cannot open port {point.port} for the others ({error}): {advice}"
+            raise LostContactError(text) from error
+        raise LostContactError(
             f"rank {launch.rank} on {socket.gethostname()} cannot reach {point.host}:{point.port}, where all ranks of this "
             f"{launch.launcher} job meet, in {timeout.total_seconds():.0f} s: is the name known on this node, did the first "
             "process start, and may nodes connect to each other? Another address: export MASTER_ADDR and MASTER_PORT"
@@ -149,7 +165,7 @@ def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta) -> None
     except (dist.DistError, RuntimeError) as error:
         missing = [rank for rank in range(launch.world_size) if not store.check([_key(rank)])]
         here = sorted({store.get(_key(rank)).decode() for rank in range(launch.world_size) if rank not in set(missing)})
-        raise LaunchError(
+        raise LostContactError(
             f"{len(missing)} of {launch.world_size} ranks have not come in {timeout.total_seconds():.0f} s: rank "
             f"{_listed(missing)}; the others are on {_listed(here)}. Look at the logs of the nodes that are missing here"
         ) from error
@@ -163,6 +179,17 @@ def _listed(items: list) -> str:
     return ", ".join(map(str, items[:NAMED_RANKS])) + (
         f" and {len(items) - NAMED_RANKS} more" if len(items) > NAMED_RANKS else ""
     )
+
+
+def advise_against_restart() -> None:
+    """Make the file that NO_RESTART_FILE names, if it is set: where a job's script or supervisor looks.
+
+    For the exit code of a job with many ranks may be that of one that was killed after this one.
+    """
+    path = os.environ.get("NO_RESTART_FILE")
+    if path:
+        with suppress(OSError):
+            Path(path).touch()
 
 
 @contextmanager
@@ -180,3 +207,26 @@ def lent_environment(values: Mapping[str, str]) -> Iterator[None]:
 def provide_local_rank(local_rank: int) -> None:
     """LOCAL_RANK, for a library that reads it while it runs; a launcher's own value stays."""
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
+def become(launch: Launch, heartbeats: Path) -> None:
+    """This process is that rank from now on, as if torchrun had started it; its heartbeat is in the directory `heartbeats`."""
+    point = launch.meeting_point
+    assert point is not None
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "CROSS_SIZE"):  # of a torchrun or deepspeed that started the supervisor
+        os.environ.pop(name, None)
+    os.environ.update(
+        RANK=str(launch.rank),
+        LOCAL_RANK=str(launch.local_rank),
+        WORLD_SIZE=str(launch.world_size),
+        LOCAL_WORLD_SIZE=str(launch.local_world_size),
+        MASTER_ADDR=point.host,
+        MASTER_PORT=str(point.port),
+        **{HEARTBEATS: str(heartbeats)},
+    )
+
+
+def open_heartbeat(launch: Launch) -> Heartbeat:
+    """The heartbeat of this rank: seen by the supervisor that has started it, if one has."""
+    directory = os.environ.get(HEARTBEATS)
+    return Heartbeat(None if directory is None else beat_path(Path(directory), launch.rank))

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from parallel.graphs import MicroBatchGraphs
 from parallel.groups import ProcessGroups
+from parallel.heartbeat import WAITS
 from parallel.pipeline.layout import Placement
 from parallel.pipeline.p2p import Mailbox, received, sent
 from parallel.pipeline.schedules import Action
@@ -141,11 +142,13 @@ class Executor:
 
     def _act(self, action: Action, micro_batch: Any, mailbox: Mailbox, outputs: list[Tensor], train: bool) -> None:
         """Take what the action needs, compute, and send what it makes."""
-        rank = self.groups.place.pp
+        rank, heartbeat = self.groups.place.pp, self.groups.ledger.heartbeat
         message, arrived = received(action, rank, self.placement), None
         if message is not None:
+            heartbeat.act(f"{WAITS}{action}")
             with self._span("wait", action):
                 arrived = mailbox.take(message)
+        heartbeat.act(str(action))
         with self._span(action.kind, action):
             if train and self.graphs is not None and self.graphs.replays(action):
                 made = self.graphs.run(action, micro_batch, lambda inputs: self._compute(action, arrived, inputs, train))
