@@ -67,7 +67,7 @@ def _draw_steps(axes: Axes, records: Sequence[Record], found: Account) -> None:
         saved = [i for i, record in enumerate(own) if record.part == "checkpoints"]
         axes.plot(times[saved], steps[saved], "o", color=COLOURS["checkpoints"], markersize=3)
     axes.set(xlabel=f"wall time, {unit}", ylabel="step", xlim=(0, found.wall_seconds / size), ylim=(0, None))
-    axes.set_title(f"effective training time {found.effective_share:.1%}, {found.failures} failures", loc="left")
+    axes.set_title(f"effective training time {found.effective_share:.1%}; failures: {found.failures}", loc="left")
 
 
 def _draw_shares(axes: Axes, found: Account) -> None:

@@ -4,7 +4,7 @@
     python tools/benchmark_step.py --dp 4 --num-layers 4 --hidden-size 768 --num-heads 12 --num-kv-heads 12 \\
         --ffn-hidden-size 2048 --vocab-size 4096 --sequence-length 256
     python tools/benchmark_step.py --tp 2 --pp 2 --num-layers 4 --hidden-size 1536 --num-heads 12 --num-kv-heads 12 \\
-        --ffn-hidden-size 4096 --vocab-size 4096 --sequence-length 64 --parallel.sequence_parallel false
+        --ffn-hidden-size 4096 --vocab-size 4096 --sequence-length 32 --parallel.sequence_parallel false
 
 Every contestant has processes of its own, one per rank, on gloo; the contestants take steps in turn, in another order in each
 round, while the others sleep. A ratio is the median of those of the rounds. A step ends when its weights are everywhere.
