@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_llama.interop.stored_model import Options, StoredModel
+from parallel.checkpoint.files import fsync_directory
 from parallel.errors import CheckpointError, ConfigError
 
 MODULES = {  # imported when they are asked for: some need packages that are optional
@@ -67,7 +68,7 @@ def new_directory(destination: Path) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         os.rename(temporary, destination)
-        _flush_directory(destination.parent)
+        fsync_directory(destination.parent)
     except OSError as error:
         raise CheckpointError(f"{destination} cannot be written: {error}") from error
     finally:
@@ -80,12 +81,4 @@ def _flush(directory: Path) -> None:
         for name in names:
             with open(Path(folder) / name, "rb") as file:
                 os.fsync(file.fileno())
-        _flush_directory(Path(folder))
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync_directory(Path(folder))

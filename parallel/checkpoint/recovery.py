@@ -6,6 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
+from parallel.checkpoint.files import fsync_directory
 from parallel.checkpoint.load import read_extra_file, verify_block
 from parallel.checkpoint.manifest import DamagedError, read_manifest
 from parallel.checkpoint.steps import STEP_NAME, step_directories
@@ -47,11 +48,7 @@ def quarantine(directory: Path, error: DamagedError) -> Path:
     try:
         (directory / REASON_NAME).write_text(str(error), encoding="utf-8")
         os.rename(directory, aside)
-        descriptor = os.open(directory.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_directory(directory.parent)
     except OSError as failure:
         raise CheckpointError(f"{error}; it cannot be put aside: {failure}; move it away") from failure
     return aside

@@ -15,7 +15,9 @@ from torch import Tensor
 from megatron_llama import reshard
 from megatron_llama.checkpoint_plan import CheckpointPlan
 from megatron_llama.config import ModelConfig, ParallelConfig, RunConfig, ZeroConfig, to_dict, validate_layout, validate_model
+from megatron_llama.config_rules_zero import engine_supports
 from megatron_llama.interop.stored_model import MOMENTS, logical_shapes
+from megatron_llama.pipeline_plan import settle_schedule
 from megatron_llama.reshard import Resharding
 from megatron_llama.state import load_state, save_state
 from parallel.checkpoint.load import load_tensors
@@ -143,6 +145,63 @@ def check_random_pairs(seed: int, tmp_path: Path, most_ranks: int) -> None:
         check_load(saved[source], plans[target], values)
         if number % 7 == 0:
             check_resharded(saved[source], tmp_path / f"pair-{number}", plans[target], values)
+
+
+BATCH = replace(SMALL_BATCH, global_batch_size=12)  # any schedule on up to 3 stages, over up to 3 data ranks
+
+
+def trainable_layout(random: np.random.Generator, model: ModelConfig, most_ranks: int) -> tuple[Case, CheckpointPlan]:
+    """A random layout with a schedule and an engine that can have it."""
+    while True:
+        config, world_size = random_layout(random, model, most_ranks)
+        case = Case("random", config.parallel, model, BATCH, zero=config.zero)
+        try:
+            engine_supports(case.config)
+            settle_schedule(case.config, world_size)
+        except ConfigError:
+            continue
+        return case, CheckpointPlan(case.config, world_size)
+
+
+def two_steps_and_three(rank: int, world_size: int, case: Case) -> tuple[dict[str, Tensor], list[float]]:
+    """One process: the whole state after two steps, and the losses of the next three."""
+    session = Session(rank, world_size, case)
+    for step in range(2):
+        session.step(step)
+    boxes = [*session.engine.weight_boxes(write=False), *session.engine.optimizer_boxes(write=False)]
+    values = {box.name: torch.zeros(box.global_shape) for box in boxes}
+    for box in boxes:
+        values[box.name][box.box.slices()] = box.tensor
+    for step in range(2, 5):
+        session.step(step)
+    return values, session.outcome.losses[2:]
+
+
+def three_steps(rank: int, world_size: int, case: Case, source: Path) -> list[float]:
+    session = Session(rank, world_size, case)
+    manifest = read_manifest(source)
+    session.engine.load(lambda boxes: load_tensors(source, boxes, manifest))
+    session.engine.optimizer_steps = 2
+    for step in range(2, 5):
+        session.step(step)
+    return session.outcome.losses
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(MODELS))
+def test_training_goes_on_over_100_random_pairs_of_layouts(seed: int, tmp_path: Path) -> None:
+    """The next 3 losses on real ranks are those of one process that was never stopped."""
+    random = np.random.default_rng(100 + seed)
+    model = random_model(random)
+    alone = Case("alone", layout(), model, BATCH)
+    ((values, expected),) = run_ranks(1, two_steps_and_three, alone)
+    for number in range(PAIRS_OF_A_MODEL):
+        (_, source), (target, plan) = (trainable_layout(random, model, most_ranks=6) for _ in range(2))
+        saved = save_in_layout(tmp_path / f"pair-{number}", source, values)
+        losses = run_ranks(plan.world_size, three_steps, target, saved)[0]
+        for ours, theirs in zip(losses, expected, strict=True):
+            assert relative(ours, theirs) < LOSS_TOLERANCE, (number, target)
 
 
 # Of real ranks: what test_resume's pairs lack.
