@@ -26,7 +26,7 @@ import torch.distributed as dist
 from megatron_llama import train
 from megatron_llama.config import RunConfig, checkpoint_directory, load_config
 from megatron_llama.incident import Incident, write_report
-from megatron_llama.program import LOST, STOPPED, run_program
+from megatron_llama.program import LOST, STOPPED, asks_for_help, run_program
 from megatron_llama.progress import format_duration
 from megatron_llama.rank_processes import PASSED_ON, RankProcesses
 from megatron_llama.supervisors import NEVER_AGAIN, Supervisors, joint_code
@@ -68,10 +68,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help=f"how many times the longest pause that was seen in them (default {limits.factor:g})")  # fmt: skip
     add("--grace", type=float, default=5.0, metavar="SECONDS", help="from TERM to KILL after a failure (default 5)")
     before = argv.index("--") if "--" in argv else len(argv)
-    options = parser.parse_args(argv[:before])
     program = argv[before + 1 :]
-    if program[:1] != ["train"]:
+    if program[:1] != ["train"] and not asks_for_help(argv[:before]):
         raise ConfigError("what to supervise is to follow `--`: ... -- train --config FILE.toml")
+    options = parser.parse_args(argv[:before])
     if options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks} is below 1")
     return options, program[1:]

@@ -212,6 +212,7 @@ def wait_for_end_of(pid: int) -> None:
     [
         ([], "what to supervise is to follow `--`"),
         (["--", "evaluate"], "what to supervise is to follow `--`"),
+        (["--ranks", "2", "train", "--config", "run.toml"], "what to supervise is to follow `--`"),
         (["--ranks", "0", "--", "train"], "--ranks 0 is below 1"),
         (["--rank", "2", "--", "train"], "unrecognized arguments: --rank 2"),
         (["--ranks", "two", "--", "train"], "invalid int value: 'two'"),
