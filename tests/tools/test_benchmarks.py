@@ -61,7 +61,10 @@ def test_step(dtype):
 
 @pytest.mark.parametrize(
     ("layout", "peer", "package"),
-    [(("--dp", 2), "deepspeed", "deepspeed"), (("--tp", 2, "--pp", 2, "--num-layers", 2), "megatron-core", "megatron.core")],
+    [
+        pytest.param(("--dp", 2), "deepspeed", "deepspeed", marks=pytest.mark.slow),
+        (("--tp", 2, "--pp", 2, "--num-layers", 2), "megatron-core", "megatron.core"),
+    ],
 )
 def test_step_in_a_layout(tmp_path, layout, peer, package):
     pytest.importorskip("transformers")
@@ -78,6 +81,7 @@ def test_step_in_a_layout(tmp_path, layout, peer, package):
     assert over_products == ("at most 1.25" if peer == "deepspeed" else "")
 
 
+@pytest.mark.slow
 def test_step_without_a_peer():
     done = run("step", *STEP, "--tp", 2, "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
@@ -103,7 +107,7 @@ def test_step_sees_another_token():
     assert "ours / products" not in done.stdout
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_checkpoint(tmp_path, ranks):
     done = run("checkpoint", *CHECKPOINT, "--ranks", ranks, tmp_path)
     assert done.returncode == 0, done.stderr
