@@ -6,9 +6,10 @@ The only module that reads the environment, or changes it for a library. What ea
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.distributed.distributed_c10d import _abort_process_group
 from parallel import launchers
 from parallel.errors import LaunchError, LostContactError
 from parallel.heartbeat import Heartbeat, beat_path
-from parallel.launchers import Launch, MeetingPoint
+from parallel.launchers import HEARTBEATS, Launch, MeetingPoint
 
 __all__ = [
     "Launch",
@@ -28,16 +29,18 @@ __all__ = [
     "become",
     "choose_device",
     "detect",
+    "environment_of_no_rank",
     "lent_environment",
     "meet",
     "open_heartbeat",
     "provide_local_rank",
     "start",
     "stop",
+    "visible_devices",
 ]
 
 NAMED_RANKS = 8  # that an error lists
-HEARTBEATS = "PARALLEL_HEARTBEATS"  # the directory where a supervisor looks for them
+DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def detect(environment: Mapping[str, str] | None = None) -> Launch:
@@ -204,13 +207,39 @@ def lent_environment(values: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
+def environment_of_no_rank() -> dict[str, str]:
+    """This environment without what launchers tell their ranks: for a program that is to be on its own."""
+    told = re.compile(r"(OMPI|PMI|PMIX|PRTE|MPI|HYDRA)_|SLURM_(?!CONF)|(LOCAL_)?(RANK|WORLD_SIZE)$")
+    return {name: value for name, value in os.environ.items() if not told.match(name)}
+
+
 def provide_local_rank(local_rank: int) -> None:
     """LOCAL_RANK, for a library that reads it while it runs; a launcher's own value stays."""
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 
-def become(launch: Launch, heartbeats: Path) -> None:
-    """This process is that rank from now on, as if torchrun had started it; its heartbeat is in the directory `heartbeats`."""
+def visible_devices(slots: Sequence[int]) -> str:
+    """The CUDA devices at these places among those that this process sees, as CUDA_VISIBLE_DEVICES has them.
+
+    Raises LaunchError where there are not as many.
+    """
+    visible = os.environ.get(DEVICES)
+    if not visible:  # all of them; or none, if the variable is empty
+        return ",".join(map(str, slots)) if visible is None else ""
+    names = visible.split(",")
+    if max(slots) >= len(names):
+        raise LaunchError(
+            f"--ranks and --spares together need {max(slots) + 1} devices, and {DEVICES}={visible} has {len(names)}: lower "
+            "one of them, or show this process more devices"
+        )
+    return ",".join(names[slot] for slot in slots)
+
+
+def become(launch: Launch, heartbeats: Path, devices: str | None = None) -> None:
+    """This process is that rank from now on, as if torchrun had started it; its heartbeat is in the directory `heartbeats`.
+
+    `devices`: what the ranks of this node see of the GPUs (`visible_devices`); None changes nothing.
+    """
     point = launch.meeting_point
     assert point is not None
     for name in ("TORCHELASTIC_USE_AGENT_STORE", "CROSS_SIZE"):  # of a torchrun or deepspeed that started the supervisor
@@ -224,6 +253,8 @@ def become(launch: Launch, heartbeats: Path) -> None:
         MASTER_PORT=str(point.port),
         **{HEARTBEATS: str(heartbeats)},
     )
+    if devices is not None:
+        os.environ[DEVICES] = devices
 
 
 def open_heartbeat(launch: Launch) -> Heartbeat:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from parallel.errors import LaunchError
 
 FIRST_PORT, PORTS = 15_000, 15_000  # below those that systems give out by themselves
+HEARTBEATS = "PARALLEL_HEARTBEATS"  # the directory where a supervisor looks for them
 NO_STEP = ("", str(0xFFFFFFFA), str(0xFFFFFFFB))  # SLURM_STEP_ID of interactive shells and batch scripts, which are no ranks
 
 
@@ -58,7 +59,7 @@ def detect(environment: Environment) -> Launch:
 
 
 def _from_torchrun(environment: Environment) -> Launch | None:
-    """torchrun, DeepSpeed's launcher (which says LOCAL_SIZE), or variables set by hand."""
+    """torchrun, DeepSpeed's launcher (which says LOCAL_SIZE), a supervisor, or variables set by hand."""
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return None
     local_size = "LOCAL_SIZE" if "CROSS_SIZE" in environment else "LOCAL_WORLD_SIZE"
@@ -66,7 +67,7 @@ def _from_torchrun(environment: Environment) -> Launch | None:
     rank, local_rank, size, local = _integers(
         environment, names, "RANK or WORLD_SIZE", "start with torchrun, or unset them all"
     )
-    launcher = "deepspeed" if local_size == "LOCAL_SIZE" else "torchrun"
+    launcher = "supervisor" if HEARTBEATS in environment else "deepspeed" if local_size == "LOCAL_SIZE" else "torchrun"
     return _checked(Launch(rank, local_rank, size, local, launcher, _given_meeting_point(environment, rank)), names)
 
 
