@@ -26,7 +26,7 @@ from megatron_llama.data.held_out import HeldOutSource, open_held_out
 from megatron_llama.data.loader import evaluation_micro_batches, target_count
 from megatron_llama.inference import open_checkpoint
 from megatron_llama.json_values import finite
-from megatron_llama.program import Parser, agree, asks_for_help, run_program
+from megatron_llama.program import Parser, agree, asks_for_help, command_line, run_program
 from megatron_llama.runtime import Runtime
 from parallel.collectives import all_reduce
 from parallel.errors import ConfigError
@@ -169,4 +169,4 @@ def main(launch: Launch, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda launch: main(launch, sys.argv[1:])))
+    sys.exit(run_program(lambda launch: main(launch, command_line(launch))))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_llama.data.loader import MicroBatch
 from megatron_llama.inference import open_checkpoint
-from megatron_llama.program import Parser, agree, asks_for_help, run_program
+from megatron_llama.program import Parser, agree, asks_for_help, command_line, run_program
 from megatron_llama.runtime import Runtime
 from megatron_llama.state import TOKENIZER_FILE
 from megatron_llama.tokenizer import Tokenizer
@@ -133,4 +133,4 @@ def main(launch: Launch, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda launch: main(launch, sys.argv[1:])))
+    sys.exit(run_program(lambda launch: main(launch, command_line(launch))))

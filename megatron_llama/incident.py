@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_llama.program import LOST, STOPPED, USER_ERROR
-from parallel.heartbeat import Beat, suspects, waited_for
+from megatron_llama.program import CORRUPTED, LOST, STOPPED, USER_ERROR
+from parallel.heartbeat import Beat, Event, suspects, waited_for
 
+SHOWN_EVENTS = 12  # of the rank that it began with
 MEANINGS = {
     LOST: "it has lost another rank",
     USER_ERROR: "something has to be mended first; its log says what",
     STOPPED: "it was asked to stop",
+    CORRUPTED: "its state is not that of its copies",
 }
 
 
@@ -24,6 +27,7 @@ class Incident:
 
     `codes`: exit codes of the ranks that had ended. `overdue`: those that stood still for too long, with the limit in seconds.
     `beats`: the last beat of every rank that had begun. `stacks`: of those that were alive; empty where one did not answer.
+    `events`: the flight recorders. `noticed`: when it was found, by the wall clock, before all this was asked for.
     """
 
     codes: Mapping[int, int]
@@ -31,14 +35,15 @@ class Incident:
     beats: Mapping[int, Beat]
     stacks: Mapping[int, str]
     time: float
+    events: Mapping[int, Sequence[Event]] = field(default_factory=dict)
+    noticed: float = 0.0
 
     @property
     def kind(self) -> str:
         """death, hang, or elsewhere: on another node."""
-        failed = self._failed
-        if self.overdue or (self._silent and all(self.codes[rank] == LOST for rank in failed)):
+        if self.overdue or self._given_up:
             return "hang"
-        return "death" if failed else "elsewhere"
+        return "death" if self._failed else "elsewhere"
 
     @property
     def _failed(self) -> list[int]:
@@ -47,6 +52,19 @@ class Incident:
     @property
     def _silent(self) -> list[int]:
         return [rank for rank, text in self.stacks.items() if not text]
+
+    @property
+    def _given_up(self) -> list[int]:
+        """Ranks that are alive, but have not come to a call, or to the start, for so long that others have given them up."""
+        if any(self.codes[rank] != LOST for rank in self._failed):
+            return []
+        waiting, late = waited_for(self.beats.values()), set(self._silent)
+        for rank in self._failed:
+            late.update(other for _, others in waiting.get(rank, []) for other in others)
+            beat = self.beats.get(rank)
+            if beat is not None and beat.phase == "start" and beat.waits():
+                late.update(other.rank for other in self.beats.values() if other.phase == "start" and not other.waits())
+        return [rank for rank in late if rank not in self.codes]
 
     @property
     def rank(self) -> int:
@@ -58,7 +76,12 @@ class Incident:
             return min(self._failed, key=lambda rank: (self.codes[rank] == LOST, rank))
         not_begun = [rank for rank in self.overdue if rank not in self.beats]
         alive = [beat for rank, beat in self.beats.items() if rank not in self.codes]
-        return [*not_begun, *suspects(alive, self._silent), *self.codes][0]
+        return [*not_begun, *suspects(alive, self._given_up), *self.codes][0]
+
+    @property
+    def began_here(self) -> bool:
+        """Whether a rank of this node is to blame: not where its ranks have only lost contact with others."""
+        return self.kind == "hang" or (self.kind == "death" and self.codes[self.rank] != LOST)
 
     @property
     def step(self) -> int:
@@ -85,9 +108,25 @@ class Incident:
         if self.rank in self.stacks and not self.stacks[self.rank]:
             lines.append(f"{'silent':<12} rank {self.rank} does not answer signals: stopped, or in the kernel (disk, device)")
         lines += ["", "what they wait for", *self._waiting_lines(), "", *self._table(), ""]
+        if self.events.get(self.rank):
+            latest = self.events[self.rank][-SHOWN_EVENTS:]
+            lines += [f"what rank {self.rank} did last", *(f"    {self.time - e.time:8.3f} s before  {e}" for e in latest), ""]
         for rank in sorted(self.stacks, key=lambda rank: (rank != self.rank, rank)):
             lines += [f"stacks of rank {rank}", self.stacks[rank] or "(no answer)", ""]
         return "\n".join(lines)
+
+    def timeline(self) -> str:
+        """The events of all ranks as JSON objects, a line each, in the order of time; seconds count back from the incident."""
+        events = [(event, rank) for rank, found in self.events.items() for event in found]
+        lines = []
+        for event, rank in sorted(events, key=lambda pair: pair[0].time):
+            record = {"seconds_before": round(self.time - event.time, 6), "rank": rank, event.what: event.name}
+            if event.what == "call":
+                record |= {"axis": event.axis, "number": event.number}
+            elif event.what == "phase":
+                record["step"] = event.number
+            lines.append(json.dumps(record) + "\n")
+        return "".join(lines)
 
     def _waiting_lines(self) -> list[str]:
         found = waited_for(self.beats.values())
@@ -99,7 +138,8 @@ class Incident:
                 others = "rank " + ", ".join(map(str, late))
                 lines.append(f"    rank {beat.rank}: {call}; {others} {'has' if len(late) == 1 else 'have'} not come")
             if beat.waits():
-                lines.append(f"    rank {beat.rank}: {beat.action}, whose input comes from another stage")
+                source = "" if beat.phase == "start" else ", whose input comes from another stage"
+                lines.append(f"    rank {beat.rank}: {beat.action}{source}")
         return lines or ["    nothing that this node can see"]
 
     def _table(self) -> list[str]:
@@ -132,9 +172,10 @@ def _ended(code: int) -> str:
 
 
 def write_report(directory: Path, incident: Incident, facts: Mapping[str, str]) -> Path:
-    """Write the report into a new file of `directory`, and return its path."""
+    """Write the report into a new file of `directory`, the flight recorders beside it, and return its path."""
     directory.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = directory / f"{stamp}-{incident.kind}-rank-{incident.rank:05d}.txt"
     path.write_text(incident.report(facts), encoding="utf-8")
+    path.with_name(f"{path.stem}-flight.jsonl").write_text(incident.timeline(), encoding="utf-8")
     return path

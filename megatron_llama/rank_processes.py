@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_llama.program import run_program
 from parallel import launch as launching
-from parallel.heartbeat import STACK_SIGNAL, Beat, beat_path, read, stacks_path
+from parallel.heartbeat import STACK_SIGNAL, Beat, Event, beat_path, read, read_events, stacks_path
 from parallel.launch import Launch
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)  # a supervisor has handlers for them, which ranks must not inherit
@@ -29,14 +29,19 @@ SET_PARENT_DEATH_SIGNAL = 1  # of prctl
 
 
 class RankProcesses:
-    """The processes of the ranks `launches`, each running `main`; their heartbeats are in the directory `heartbeats`."""
+    """The processes of the ranks `launches`, each running `main`; their heartbeats are in the directory `heartbeats`.
 
-    def __init__(self, main: Callable[[Launch], int], launches: Sequence[Launch], heartbeats: Path) -> None:
+    `devices`: what they see of the GPUs, where that is not what this process sees (`parallel.launch.visible_devices`).
+    """
+
+    def __init__(
+        self, main: Callable[[Launch], int], launches: Sequence[Launch], heartbeats: Path, devices: str | None = None
+    ) -> None:
         self.heartbeats = heartbeats
         context = multiprocessing.get_context("fork")
         self._processes = {
             launch.rank: context.Process(
-                target=_be_rank, args=(main, launch, heartbeats, os.getpid()), name=f"rank {launch.rank}"
+                target=_be_rank, args=(main, launch, heartbeats, devices, os.getpid()), name=f"rank {launch.rank}"
             )
             for launch in launches
         }
@@ -66,6 +71,10 @@ class RankProcesses:
     def beats(self) -> dict[int, Beat | None]:
         """The latest beat of each rank, of dead ones too; None where it has not begun."""
         return {rank: read(self.heartbeats, rank) for rank in self._processes}
+
+    def events(self) -> dict[int, list[Event]]:
+        """The flight recorder of each rank, of dead ones too."""
+        return {rank: read_events(self.heartbeats, rank) for rank in self._processes}
 
     def signal(self, number: int) -> None:
         """Send a signal to the ranks that are alive."""
@@ -105,7 +114,7 @@ def _own_part(stacks: str) -> str:
     return "\n\n".join(re.sub(rf"( in {_be_rank.__name__}\n).*", r"\1", thread, flags=re.DOTALL) for thread in threads)
 
 
-def _be_rank(main: Callable[[Launch], int], launch: Launch, heartbeats: Path, parent: int) -> None:
+def _be_rank(main: Callable[[Launch], int], launch: Launch, heartbeats: Path, devices: str | None, parent: int) -> None:
     """What a rank's process does, from its fork to its end."""
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:  # it has died before that
@@ -113,5 +122,5 @@ def _be_rank(main: Callable[[Launch], int], launch: Launch, heartbeats: Path, pa
     for number in PASSED_ON:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
-    launching.become(launch, heartbeats)
+    launching.become(launch, heartbeats, devices)
     sys.exit(run_program(main))

@@ -2,13 +2,14 @@
 
     python -m megatron_llama.supervise [--ranks N] [options] -- train --config FILE.toml [--section.field value ...]
 
-One supervisor per node, started as a rank would be. docs/failures.md says what it does in which case.
+One supervisor per node, started as a rank would be; spare nodes and devices stand by. docs/failures.md says what it does in
+which case.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import signal
 import socket
 import sys
@@ -19,25 +20,29 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch.distributed as dist
 
 from megatron_llama import train
 from megatron_llama.config import RunConfig, checkpoint_directory, load_config
+from megatron_llama.event_log import EventLog
 from megatron_llama.incident import Incident, write_report
-from megatron_llama.program import LOST, STOPPED, asks_for_help, run_program
+from megatron_llama.lead import Lead
+from megatron_llama.program import LOST, STOPPED, asks_for_help, command_line, run_program
 from megatron_llama.progress import format_duration
 from megatron_llama.rank_processes import PASSED_ON, RankProcesses
-from megatron_llama.supervisors import NEVER_AGAIN, Supervisors, joint_code
+from megatron_llama.roster import Outcome, Plan, Roster
+from megatron_llama.supervisors import LOOK_SECONDS, NEVER_AGAIN, Supervisors, joint_code
 from parallel import launch as launching
 from parallel.checkpoint.steps import committed_steps
 from parallel.errors import ConfigError, LaunchError, LostContactError
 from parallel.heartbeat import Limits, Watch
 from parallel.launch import Launch
 
-LOOK_SECONDS = 0.1  # between two looks at the heartbeats; the end of a process is noticed at once
+BUSY_SECONDS = 2.0  # that a supervisor may be silent for while it looks into a failure, besides the time of grace
 SETTLE_SECONDS = 0.3  # in which the ranks end that miss the one that has died
+BLAME_SECONDS = 1.0  # for a rank to end that others have lost
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -59,21 +64,31 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     limits = Limits()
     add = parser.add_argument
     add("--ranks", type=int, default=1, metavar="N", help="ranks to start on this node: one per GPU (default 1)")
+    add("--nodes", type=int, metavar="N", help="nodes that the ranks run on: further supervisors stand by (default: all)")
+    add("--spares", type=int, default=0, metavar="N", help="further devices of each node that stand by (default 0)")
     add("--max-restarts", type=int, default=3, metavar="N", help="restarts in a row without a new checkpoint (default 3)")
     add("--first-timeout", type=float, default=limits.first, metavar="SECONDS",
         help=f"how long a rank may stand still before it counts as hanging (default {limits.first:g})")  # fmt: skip
     add("--least-timeout", type=float, default=limits.least, metavar="SECONDS",
-        help=f"how long at least in steps and evaluations, once they are known (default {limits.least:g})")  # fmt: skip
+        help=f"how long at least in steps, evaluations and audits, once known (default {limits.least:g})")  # fmt: skip
     add("--timeout-factor", type=float, default=limits.factor, metavar="K",
         help=f"how many times the longest pause that was seen in them (default {limits.factor:g})")  # fmt: skip
     add("--grace", type=float, default=5.0, metavar="SECONDS", help="from TERM to KILL after a failure (default 5)")
+    add("--node-timeout", type=float, default=30.0, metavar="SECONDS",
+        help="how long a node's supervisor may be silent before the node counts as lost (default 30)")  # fmt: skip
     before = argv.index("--") if "--" in argv else len(argv)
     program = argv[before + 1 :]
     if program[:1] != ["train"] and not asks_for_help(argv[:before]):
         raise ConfigError("what to supervise is to follow `--`: ... -- train --config FILE.toml")
     options = parser.parse_args(argv[:before])
-    if options.ranks < 1:
-        raise ConfigError(f"--ranks {options.ranks} is below 1")
+    for name, value, least in (("ranks", options.ranks, 1), ("nodes", options.nodes, 1), ("spares", options.spares, 0)):
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value} is below {least}")
+    if options.node_timeout < options.grace + BUSY_SECONDS:
+        raise ConfigError(
+            f"--node-timeout {options.node_timeout:g} is too short: a supervisor that ends its ranks (--grace "
+            f"{options.grace:g}) is silent for up to {options.grace + BUSY_SECONDS:g} s"
+        )
     return options, program[1:]
 
 
@@ -89,71 +104,87 @@ def main(launch: Launch, argv: list[str]) -> int:
             f"{launch.launcher} has started {launch.local_world_size} supervisors on this node: start one per node "
             f"(srun --ntasks-per-node=1), with --ranks {launch.local_world_size} each"
         )
+    if (options.nodes or 1) > launch.world_size:
+        raise ConfigError(f"--nodes {options.nodes} is more than the {launch.world_size} supervisors that were started")
     supervisors = Supervisors()
     if launch.world_size > 1:
-        point, timeout = launch.meeting_point, timedelta(seconds=config.train.start_timeout)
-        host = point.host if point is not None and point.serves else socket.gethostname()
-        supervisors = Supervisors(launch.rank, launch.world_size, host, launching.meet(launch, timeout))
+        supervisors = _meet(launch, options.node_timeout, config.train.start_timeout)
     try:
         return Supervisor(config, options, supervisors, lambda rank: train.main(rank, arguments)).run()
     except dist.DistError as error:
         reason = str(error).strip().splitlines()[0]
-        raise LostContactError(f"the supervisor of node {launch.rank} has lost another one: {reason}") from error
+        raise LostContactError(f"the supervisor of node {launch.rank} has lost the first one: {reason}") from error
+
+
+def _meet(launch: Launch, silence_seconds: float, start_seconds: float) -> Supervisors:
+    """Join the supervisors of the other nodes. Raises LaunchError, LostContactError and DistError."""
+    point = launch.meeting_point
+    host = point.host if point is not None and point.serves else socket.gethostname()
+    store = launching.meet(launch, timedelta(seconds=start_seconds))
+    store.set_timeout(timedelta(seconds=silence_seconds))
+    return Supervisors(launch.rank, launch.world_size, host, store, silence_seconds, start_seconds)
 
 
 class Supervisor:
-    """Runs `main` on `options.ranks` ranks until they are done, are stopped, or fail without bringing new checkpoints."""
+    """Runs `main` on the ranks of this node, as often as the first supervisor wants, which it may be itself."""
 
     def __init__(
         self, config: RunConfig, options: argparse.Namespace, supervisors: Supervisors, main: Callable[[Launch], int]
     ) -> None:
         self.options, self.supervisors, self.main = options, supervisors, main
         self.run_directory, self.checkpoints = Path(config.log.directory), checkpoint_directory(config)
+        self.log = EventLog(self.run_directory, supervisors.node)
         self.watch = Watch(Limits(options.first_timeout, options.least_timeout, options.timeout_factor))
         self.signals: list[int] = []  # received, and not passed on yet
         self.stopping = False
-        self.fruitless = 0  # failures since the last new checkpoint
+        self.lead: Lead | None = None
+        if supervisors.leads:
+            nodes = supervisors.nodes
+            roster = Roster(nodes, options.nodes or nodes, options.ranks + options.spares, options.ranks)
+            self.lead = Lead(supervisors, roster, self.log, self._newest_step, options.max_restarts)
 
     def run(self) -> int:
-        """Start the ranks as often as it helps; returns the exit code."""
-        start, newest = 1, self._newest_step()
+        """Start this node's ranks whenever the plan has some on it; returns the exit code, the same on all nodes."""
         with self._signals_noted():
+            start = 1
             while True:
-                self._note("start", newest, f"start {start} of {self.options.ranks} ranks")
-                code = self.supervisors.agree(start, self._run_ranks(start))
-                before, newest = newest, self._newest_step()
-                self.fruitless = 1 if newest > before else self.fruitless + 1
-                ended = code in (0, STOPPED, *NEVER_AGAIN) or self.stopping
-                wanted = not ended and self.fruitless <= self.options.max_restarts
-                if not self.supervisors.go_on(start, wanted):
-                    spent = "" if ended else f" after {self.fruitless} failures in a row without a new checkpoint"
-                    self._note("end", newest, f"ended with code {code}{spent}", code=code)
-                    return code
+                if self.lead is not None:
+                    plan = self.lead.first_plan() if start == 1 else self.lead.next_plan(start - 1, self.stopping)
+                    self.supervisors.announce(start, plan)
+                plan = self.supervisors.plan(start)
+                if plan.code is not None:
+                    self.supervisors.part()
+                    return plan.code
+                if self.supervisors.node in plan.nodes:
+                    self.supervisors.conclude(start, self._run_ranks(start, plan))
                 start += 1
-                budget = f"restart {self.fruitless} of {self.options.max_restarts} without a new checkpoint"
-                self._note("restart", newest, f"starting again at step {newest} ({budget})")
 
-    def _run_ranks(self, start: int) -> int:
-        """Start this node's ranks, watch them to their end, and return what they end with."""
-        node, nodes, local = self.supervisors.node, self.supervisors.nodes, self.options.ranks
-        point = self.supervisors.meeting_point(start)
+    def _run_ranks(self, start: int, plan: Plan) -> Outcome:
+        """Start this node's ranks, watch them to their end, and return how they end."""
+        place = plan.nodes.index(self.supervisors.node)
+        slots, first = plan.shares[place][1], place * self.options.ranks
+        point = self.supervisors.meeting_point(start, serves=place == 0)
+        if point is None:
+            return Outcome(LOST, "elsewhere")
         launches = [
-            Launch(node * local + i, i, nodes * local, local, "supervisor", replace(point, serves=node + i == 0))
-            for i in range(local)
+            Launch(first + i, i, len(plan.nodes) * len(slots), len(slots), "supervisor", replace(point, serves=first + i == 0))
+            for i in range(len(slots))
         ]
+        devices = launching.visible_devices(slots) if self.options.spares else None
         began = time.monotonic()
         self.watch.forget_ranks()
-        with TemporaryDirectory(prefix="heartbeats-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None) as folder:
-            ranks = RankProcesses(self.main, launches, Path(folder))
+        memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+        with TemporaryDirectory(prefix=f"heartbeats-{os.getpid()}-", dir=memory) as folder:
+            ranks = RankProcesses(self.main, launches, Path(folder), devices)
             try:
                 incident = self._watch_ranks(ranks, start)
                 if incident is None:
-                    return joint_code(ranks.codes.values())
+                    return Outcome(joint_code(ranks.codes.values()))
                 self.supervisors.alarm(start)
                 code = LOST if incident.kind == "hang" else joint_code(incident.codes.values())
                 if code not in NEVER_AGAIN:  # in these cases the rank has said what is wrong
                     self._tell(incident, start, time.monotonic() - began)
-                return code
+                return Outcome(code, incident.kind, slots[incident.rank - first] if incident.began_here else None)
             finally:
                 ranks.end(self.options.grace)
 
@@ -161,6 +192,7 @@ class Supervisor:
         """Return when all ranks have ended well (None) or some have died or hang, here or on another node."""
         while ranks.alive:
             ranks.wait(LOOK_SECONDS)
+            self._keep_contact(start)
             while self.signals:
                 ranks.signal(self.signals.pop())
             beats = ranks.beats()
@@ -170,6 +202,12 @@ class Supervisor:
                 limits = {rank: self.watch.limit(self.watch.phase(rank)) for rank in overdue}
                 return _look_closer(ranks, limits)
         return None if all(code in (0, STOPPED) for code in ranks.codes.values()) else _look_closer(ranks, {})
+
+    def _keep_contact(self, start: int) -> None:
+        if self.lead is None:
+            self.supervisors.beat()
+        else:
+            self.lead.look_after(start)
 
     def _tell(self, incident: Incident, start: int, seconds: float) -> None:
         """Log an incident and write its report."""
@@ -183,21 +221,8 @@ class Supervisor:
             path = str(write_report(self.run_directory / "reports", incident, facts))
         except OSError as error:  # a full disk must not end the supervision
             path = f"no report: {error}"
-        where = {"rank": incident.rank, "code": incident.codes.get(incident.rank), "report": path}
-        self._note(incident.kind, incident.step, f"{incident.headline()}; {path}", **where)
-
-    def _note(self, event: str, step: int, text: str, **fields: Any) -> None:
-        """A line for people on standard error, and one of `supervisor.jsonl` for programs (tools/goodput.py)."""
-        print(f"supervisor: {text}", file=sys.stderr, flush=True)
-        if self.supervisors.node and event != "death" and event != "hang":
-            return
-        record = {"time": round(time.time(), 3), "event": event, "step": step, **fields, "text": text}
-        try:
-            self.run_directory.mkdir(parents=True, exist_ok=True)
-            with open(self.run_directory / "supervisor.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            print(f"supervisor: not in supervisor.jsonl: {error}", file=sys.stderr, flush=True)
+        where = {"rank": incident.rank, "code": incident.codes.get(incident.rank), "report": path, "noticed": incident.noticed}
+        self.log.note(incident.kind, incident.step, f"{incident.headline()}; {path}", **where)
 
     def _newest_step(self) -> int:
         """The newest step that is saved, 0 where there is none."""
@@ -221,13 +246,22 @@ class Supervisor:
 
 def _look_closer(ranks: RankProcesses, limits: dict[int, float]) -> Incident:
     """What there is to know about ranks that have failed, or that stand still beyond their `limits`."""
+    noticed = time.time()
     stacks = ranks.stacks()
     if not limits:
-        time.sleep(SETTLE_SECONDS)  # those that miss a dead rank end by themselves
-    codes, beats = ranks.codes, ranks.beats()
+        _let_settle(ranks)
+    codes, beats, events = ranks.codes, ranks.beats(), ranks.events()
     stacks = {rank: text for rank, text in stacks.items() if text or rank not in codes}
-    return Incident(codes, limits, {rank: beat for rank, beat in beats.items() if beat is not None}, stacks, time.monotonic())
+    begun = {rank: beat for rank, beat in beats.items() if beat is not None}
+    return Incident(codes, limits, begun, stacks, time.monotonic(), events, noticed)
+
+
+def _let_settle(ranks: RankProcesses) -> None:
+    """Wait for those that miss a dead rank to end by themselves; for longer where none has ended yet that is to blame."""
+    began = time.monotonic()
+    while ranks.alive and time.monotonic() - began < (BLAME_SECONDS if set(ranks.codes.values()) == {LOST} else SETTLE_SECONDS):
+        ranks.wait(LOOK_SECONDS)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda launch: main(launch, sys.argv[1:])))
+    sys.exit(run_program(lambda launch: main(launch, command_line(launch))))

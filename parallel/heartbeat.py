@@ -1,7 +1,8 @@
 """Heartbeats: what a rank is doing, in a page of shared memory that a supervisor on the same node reads.
 
 A beat is a write to memory: no system call, about a microsecond. It says the phase, the step, the action, and per axis how many
-collectives have been started; so a supervisor sees who stands still, and for whom the others wait.
+collectives have been started; so a supervisor sees who stands still, and for whom the others wait. The latest beats stay in a
+ring, the flight recorder, which outlives the rank.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 HEAD = struct.Struct("<qqdq")  # pid, number of beats, time of the latest (monotonic clock), slot of the latest call
 PLACE = struct.Struct("<q24s24s")  # step, phase, action
 CALL = struct.Struct("<qqqq16s16s")  # number of the call over its axis, its members (first, last, how many), kind, axis
+ACTION, NUMBER = struct.Struct("<24s"), struct.Struct("<q")  # parts of these
 PLACE_OFFSET, CALLS_OFFSET, SLOTS = 32, 96, 24
-SIZE = CALLS_OFFSET + SLOTS * CALL.size
+EVENT = struct.Struct("<dq8s24s16s")  # time, step or number of the call, what it is, its name, axis
+EVENTS_OFFSET, EVENTS = CALLS_OFFSET + SLOTS * CALL.size, 128
+SIZE = EVENTS_OFFSET + EVENTS * EVENT.size
 STACK_SIGNAL = signal.SIGUSR2
 MESSAGES = ("send", "receive")  # not made by all members alike, so that their numbers can't be compared
 LONGEST_LOOK_SECONDS = 2.0  # that a look of the supervisor counts for
@@ -34,6 +39,7 @@ class Heartbeat:
     """
 
     def __init__(self, path: Path | None = None) -> None:
+        self._known: dict[tuple[str, str], _KnownCall] = {}
         self._slots: dict[tuple[str, bool], int] = {}
         self._numbers = [0] * SLOTS
         self._beats, self._latest, self._pid = 0, -1, os.getpid()
@@ -48,27 +54,46 @@ class Heartbeat:
 
     def enter(self, phase: str, step: int = 0) -> None:
         """A phase begins; `step` is the one under way."""
-        PLACE.pack_into(self._memory, PLACE_OFFSET, step, phase.encode(), b"")
-        self._beat()
+        name = phase.encode()
+        PLACE.pack_into(self._memory, PLACE_OFFSET, step, name, b"")
+        self._beat(step, b"phase", name, b"")
 
     def act(self, action: str) -> None:
         """An action of the phase begins."""
-        struct.pack_into("<24s", self._memory, PLACE_OFFSET + 32, action.encode())
-        self._beat()
+        name = action.encode()
+        ACTION.pack_into(self._memory, PLACE_OFFSET + 32, name)
+        self._beat(0, b"action", name, b"")
 
     def call(self, kind: str, axis: str, ranks: tuple[int, ...]) -> None:
-        """A collective, or a message, over an axis is about to start."""
-        key = axis, kind in MESSAGES
-        slot = self._slots.setdefault(key, min(len(self._slots), SLOTS - 1))
-        self._numbers[slot] += 1
-        ends = ranks[0], ranks[-1], len(ranks)
-        CALL.pack_into(self._memory, CALLS_OFFSET + slot * CALL.size, self._numbers[slot], *ends, kind.encode(), axis.encode())
-        self._latest = slot
-        self._beat()
+        """A collective, or a message, over an axis is about to start. The ranks of an axis are always the same."""
+        known = self._known.get((kind, axis)) or self._get_to_know(kind, axis, ranks)
+        number = self._numbers[known.slot] = self._numbers[known.slot] + 1
+        NUMBER.pack_into(self._memory, known.offset, number)
+        self._memory[known.offset + NUMBER.size : known.offset + CALL.size] = known.record
+        self._latest = known.slot
+        self._beat(number, b"call", known.kind, known.axis)
 
-    def _beat(self) -> None:
-        self._beats += 1
-        HEAD.pack_into(self._memory, 0, self._pid, self._beats, time.monotonic(), self._latest)
+    def _get_to_know(self, kind: str, axis: str, ranks: tuple[int, ...]) -> _KnownCall:
+        slot = self._slots.setdefault((axis, kind in MESSAGES), min(len(self._slots), SLOTS - 1))
+        record = CALL.pack(0, ranks[0], ranks[-1], len(ranks), kind.encode(), axis.encode())[NUMBER.size :]
+        known = _KnownCall(slot, CALLS_OFFSET + slot * CALL.size, record, kind.encode(), axis.encode())
+        return self._known.setdefault((kind, axis), known)
+
+    def _beat(self, number: int, what: bytes, name: bytes, axis: bytes) -> None:
+        now, place = time.monotonic(), EVENTS_OFFSET + self._beats % EVENTS * EVENT.size
+        EVENT.pack_into(self._memory, place, now, number, what, name, axis)
+        self._beats += 1  # (after the event, which a reader would take for an old one otherwise)
+        HEAD.pack_into(self._memory, 0, self._pid, self._beats, now, self._latest)
+
+
+class _KnownCall(NamedTuple):
+    """What is the same in all calls of a kind over an axis: their slot, where it is, and what stands in it and in events."""
+
+    slot: int
+    offset: int
+    record: bytes
+    kind: bytes
+    axis: bytes
 
 
 @dataclass(frozen=True)
@@ -106,6 +131,25 @@ class Beat:
         return self.action.startswith(WAITS)
 
 
+@dataclass(frozen=True)
+class Event:
+    """An entry of a rank's flight recorder: the `number`-th call of that axis, or a phase or an action that began.
+
+    `time` is that of the monotonic clock. `number` is the step where a phase began; an action has none.
+    """
+
+    time: float
+    what: str
+    name: str
+    number: int = 0
+    axis: str = ""
+
+    def __str__(self) -> str:
+        if self.what == "call":
+            return f"{self.name} over {self.axis}, call {self.number}"
+        return f"{self.what} {self.name}" + (f", step {self.number}" if self.number else "")
+
+
 def beat_path(directory: Path, rank: int) -> Path:
     """The file of a rank's heartbeat."""
     return directory / f"rank-{rank:05d}.beat"
@@ -118,19 +162,36 @@ def stacks_path(path: Path) -> Path:
 
 def read(directory: Path, rank: int) -> Beat | None:
     """The latest beat of a rank; None where it has not made its file yet."""
+    record = _record(directory, rank)
+    if record is None:
+        return None
+    pid, beats, moment, latest = HEAD.unpack_from(record)
+    step, phase, action = PLACE.unpack_from(record, PLACE_OFFSET)
+    calls = tuple(filter(None, (_call(record, slot) for slot in range(SLOTS))))
+    last = _call(record, latest) if latest >= 0 else None
+    return Beat(rank, pid, beats, moment, step, _text(phase), _text(action), calls, last)
+
+
+def _record(directory: Path, rank: int) -> bytes | None:
+    """The memory of a rank that has begun."""
     try:
         record = beat_path(directory, rank).read_bytes()
     except FileNotFoundError:
         return None
-    if len(record) < SIZE:
-        return None
-    pid, beats, moment, latest = HEAD.unpack_from(record)
-    step, phase, action = PLACE.unpack_from(record, PLACE_OFFSET)
-    if not beats:
-        return None
-    calls = tuple(filter(None, (_call(record, slot) for slot in range(SLOTS))))
-    last = _call(record, latest) if latest >= 0 else None
-    return Beat(rank, pid, beats, moment, step, _text(phase), _text(action), calls, last)
+    has_begun = len(record) == SIZE and HEAD.unpack_from(record)[1] > 0
+    return record if has_begun else None
+
+
+def read_events(directory: Path, rank: int) -> list[Event]:
+    """The latest events of a rank, also of one that has died, oldest first; none where it has not begun."""
+    record = _record(directory, rank)
+    if record is None:
+        return []
+    _, beats, _, _ = HEAD.unpack_from(record)
+    first = max(beats - EVENTS + 1, 0)  # without the oldest, which may be about to be overwritten
+    places = (EVENTS_OFFSET + number % EVENTS * EVENT.size for number in range(first, beats))
+    fields = (EVENT.unpack_from(record, place) for place in places)
+    return [Event(moment, _text(what), _text(name), number, _text(axis)) for moment, number, what, name, axis in fields]
 
 
 def _call(record: bytes, slot: int) -> Call | None:
@@ -188,7 +249,7 @@ class Limits:
     first: float = 900.0
     least: float = 60.0
     factor: float = 10.0
-    regular: tuple[str, ...] = ("step", "evaluate")  # the others depend on storage, whose pauses say little about the next
+    regular: tuple[str, ...] = ("step", "evaluate", "audit")  # others wait for storage, whose pauses say little of the next
 
 
 class Watch:

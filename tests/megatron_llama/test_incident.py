@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from megatron_llama.incident import Incident, write_report
-from parallel.heartbeat import Beat, Call
+from parallel.heartbeat import Beat, Call, Event
 
 
 def beat(rank: int, number: int, moment: float = 0.0, action: str = "F2") -> Beat:
@@ -30,6 +31,7 @@ HEARD = dict.fromkeys(range(3), "File x.py")
         ({}, {0: 9.0, 1: 9.0, 2: 9.0}, HEARD, "hang", 1),  # the others are in a call that it has not made
         ({}, {0: 9.0, 2: 9.0}, HEARD | {2: ""}, "hang", 2),
         (LOST, {}, {1: ""}, "hang", 1),  # the others' timeouts were faster
+        (LOST, {}, {1: "File x.py"}, "hang", 1),  # so they were, and it answers
         (LOST, {1: 9.0}, {1: "File x.py"}, "hang", 1),
         ({}, {}, HEARD, "elsewhere", 1),
     ],
@@ -44,6 +46,13 @@ def test_a_rank_that_has_never_begun_is_named() -> None:
     incident = Incident({}, {1: 9.0}, {0: BEATS[0]}, {0: "File x.py"}, time=10.0)
     assert (incident.rank, incident.step) == (1, 0)
     assert incident.headline() == "rank 1 hangs before it has begun"
+
+
+def test_a_rank_that_does_not_come_to_the_start_is_named() -> None:
+    beats = {rank: Beat(rank, 100, 1, 0.0, 0, "start", "" if rank == 1 else "waits for all ranks") for rank in range(3)}
+    incident = Incident(LOST, {}, beats, {1: "File x.py"}, time=10.0)
+    assert (incident.kind, incident.rank) == ("hang", 1)
+    assert "waits for all ranks\n" in incident.report({})
 
 
 def test_a_page(tmp_path: Path) -> None:
@@ -66,6 +75,26 @@ def test_a_page(tmp_path: Path) -> None:
     ]
     assert lines[13] == "0 step 7 F2 9.0 s alive all_reduce over tp (ranks 0 to 2), call 5"
     assert [line for line in lines if line.startswith("stacks of")] == [f"stacks of rank {rank}" for rank in (1, 0, 2)]
+
+
+def test_the_flight_recorders_are_kept_beside_the_report(tmp_path: Path) -> None:
+    """In the order of time over all ranks, and those of the named rank in the report."""
+    events = {
+        0: [Event(9.0, "action", "F1")],
+        1: [Event(8.0, "phase", "step", 7), Event(9.5, "call", "all_reduce", 4, "tp")],
+    }
+    path = write_report(tmp_path, Incident({1: -9}, {}, BEATS, {}, 10.0, events), {})
+    _, tail = path.read_text().split("what rank 1 did last\n")
+    assert [" ".join(line.split()) for line in tail.splitlines()] == [
+        "2.000 s before phase step, step 7",
+        "0.500 s before all_reduce over tp, call 4",
+    ]
+    (flight,) = tmp_path.glob("*-flight.jsonl")
+    assert [json.loads(line) for line in flight.read_text().splitlines()] == [
+        {"seconds_before": 2.0, "rank": 1, "phase": "step", "step": 7},
+        {"seconds_before": 1.0, "rank": 0, "action": "F1"},
+        {"seconds_before": 0.5, "rank": 1, "call": "all_reduce", "axis": "tp", "number": 4},
+    ]
 
 
 @pytest.mark.parametrize(

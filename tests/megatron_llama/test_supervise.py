@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def events(run_directory: Path) -> list[dict]:
 
 def report(run_directory: Path) -> str:
     """The only one."""
-    (path,) = (run_directory / "reports").iterdir()
+    (path,) = (run_directory / "reports").glob("*.txt")
     return path.read_text()
 
 
@@ -96,10 +97,15 @@ def test_a_killed_rank_is_named_and_the_run_ends_as_if_nothing_had_happened(unbr
     assert [event["event"] for event in told] == ["start", "death", "restart", "start", "end"]
     death = told[1]
     assert (death["rank"], death["step"], death["code"]) == (1, 4, -signal.SIGKILL)
+    assert Path("happened").stat().st_mtime < death["noticed"] < death["time"]
     text = report(workplace / "run")
     assert text.startswith("rank 1 killed by SIGKILL, in step 4")
     assert "checkpoint   step 2 is the newest" in text
     assert told[3]["step"] == 2 and told[4]["code"] == 0
+    assert "2 x cpu (supervisor)" in (workplace / "run/logs/rank-00000.log").read_text()
+    (flight,) = (workplace / "run/reports").glob("*-flight.jsonl")
+    of_dead = [event for event in map(json.loads, flight.read_text().splitlines()) if event["rank"] == 1]
+    assert of_dead[-1].items() >= {"phase": "step", "step": 4}.items() and "F0" in [event.get("action") for event in of_dead]
 
 
 def test_a_stopped_rank_is_found_and_named(unbroken: list, workplace: Path) -> None:
@@ -131,6 +137,16 @@ def test_files_that_cannot_be_written_do_not_end_the_supervision(unbroken: list,
     assert "rank 0 killed by SIGKILL" in (workplace / "err").read_text()
 
 
+def test_a_clock_that_jumps_by_a_day_changes_nothing(unbroken: list, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, jumps = time.time, cycle([0, -86_400, 86_400])
+    monkeypatch.setattr(time, "time", lambda: clock() + next(jumps))
+    assert supervised(options=QUICK, fault=once(1, 4, kill(signal.SIGKILL))) == 0
+    assert curve(workplace / "run") == unbroken
+    told = events(workplace / "run")
+    assert [event["event"] for event in told] == ["start", "death", "restart", "start", "end"]
+    assert max(event["time"] for event in told) - min(event["time"] for event in told) > 80_000  # so it was asked
+
+
 @pytest.mark.parametrize("code", [USER_ERROR, 2])
 def test_what_no_restart_mends_is_not_started_again(code: int, workplace: Path) -> None:
     assert supervised(fault=lambda rank, step: rank == 1 and os._exit(code)) == code
@@ -154,7 +170,7 @@ def test_restarts_without_progress_come_to_an_end(workplace: Path) -> None:
     assert [event["event"] for event in told] == ["start", "death", "restart", "start", "death", "end"]
     assert [event["rank"] for event in told if event["event"] == "death"] == [1, 1]
     assert told[-1]["code"] == 1 and "2 failures in a row without a new checkpoint" in told[-1]["text"]
-    assert len(list((workplace / "run/reports").iterdir())) == 2
+    assert len(list((workplace / "run/reports").glob("*.txt"))) == 2
 
 
 def test_a_new_checkpoint_renews_the_budget(unbroken: list, workplace: Path) -> None:
@@ -215,6 +231,8 @@ def wait_for_end_of(pid: int) -> None:
         (["--ranks", "2", "train", "--config", "run.toml"], "what to supervise is to follow `--`"),
         (["--ranks", "0", "--", "train"], "--ranks 0 is below 1"),
         (["--rank", "2", "--", "train"], "unrecognized arguments: --rank 2"),
+        (["--spares", "-1", "--", "train"], "--spares -1 is below 0"),
+        (["--node-timeout", "5", "--", "train"], "a supervisor that ends its ranks (--grace 5) is silent for up to 7 s"),
         (["--ranks", "two", "--", "train"], "invalid int value: 'two'"),
     ],
     ids=str,
@@ -233,16 +251,86 @@ def test_two_supervisors_restart_together(unbroken: list, workplace: Path) -> No
             marker.touch()
             time.sleep(300) if rank == 0 else os.kill(os.getpid(), signal.SIGKILL)
 
-    assert run_ranks(2, _supervise_node, free_port(), fault, joined=False) == [0, 0]
+    assert run_ranks(2, _supervise_node, free_port(), (), fault, joined=False) == [0, 0]
     assert curve(workplace / "run") == unbroken
     told = [event["event"] for event in events(workplace / "run")]
     assert sorted(told) == ["death", "elsewhere", "end", "restart", "start", "start"]
 
 
-def _supervise_node(node: int, nodes: int, port: int, fault: Fault) -> int:
+SPARE_NODE = ("--nodes", 2, "--node-timeout", 2.2)
+
+
+def test_a_spare_node_takes_the_place_of_a_lost_one(unbroken: list, workplace: Path) -> None:
+    fault = once(1, 4, lambda: os.kill(os.getppid(), signal.SIGKILL))
+    assert run_ranks(3, _node_that_may_die, free_port(), SPARE_NODE, fault, joined=False) == [0, -signal.SIGKILL, 0]
+    assert curve(workplace / "run") == unbroken
+    told = events(workplace / "run")
+    assert [event["shares"] for event in told if event["event"] == "start"] == [[[0, [0]], [1, [0]]], [[0, [0]], [2, [0]]]]
+    assert [event["lost"] for event in told if event["event"] == "lost"] == [1]
+    assert "now on node 0 (slot 0), node 2 (slot 0)" in (workplace / "err").read_text()
+
+
+def test_a_node_that_comes_back_finds_itself_given_up(unbroken: list, workplace: Path) -> None:
+    """A supervisor that was cut off or asleep must not let its ranks work beside those that have replaced them."""
+
+    def fault(rank: int, step: int) -> None:
+        pid = Path("pid")
+        if (rank, step) == (1, 4) and not pid.exists():
+            pid.write_text(str(os.getppid()))
+            os.kill(os.getppid(), signal.SIGSTOP)
+            time.sleep(300)
+        elif (rank, step) == (1, 6):
+            os.kill(int(pid.read_text()), signal.SIGCONT)
+
+    assert run_ranks(3, _node_that_may_die, free_port(), SPARE_NODE, fault, joined=False) == [0, 69, 0]
+    assert curve(workplace / "run") == unbroken
+    assert "has given up this one, of node 1" in (workplace / "err").read_text()
+
+
+def test_without_a_spare_node_a_lost_one_ends_the_run(workplace: Path) -> None:
+    fault = once(1, 4, lambda: os.kill(os.getppid(), signal.SIGKILL))
+    options = ("--node-timeout", 2.2)
+    assert run_ranks(2, _node_that_may_die, free_port(), options, fault, joined=False) == [69, -signal.SIGKILL]
+    assert "of 2 nodes that the ranks need, 1 are left" in events(workplace / "run")[-1]["text"]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(signal.SIGKILL, "has lost the first one"), (signal.SIGSTOP, "has been silent for 2 s")]
+)
+def test_where_the_first_supervisor_is_lost_all_end(number: int, text: str, workplace: Path) -> None:
+    def strike() -> None:
+        supervisor = os.getppid()
+        os.kill(supervisor, number)
+        time.sleep(6)
+        os.kill(supervisor, signal.SIGKILL)
+
+    assert run_ranks(3, _node_that_may_die, free_port(), SPARE_NODE, once(0, 4, strike), joined=False) == [-9, 69, 69]
+    assert (workplace / "err").read_text().count(text) == 2
+
+
+def test_a_device_whose_ranks_die_repeatedly_gives_way_to_a_spare_one(unbroken: list, workplace: Path) -> None:
+    def fault(rank: int, step: int) -> None:
+        if os.environ["CUDA_VISIBLE_DEVICES"].split(",")[int(os.environ["LOCAL_RANK"])] == "1" and step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert supervised(options=("--spares", 1), fault=fault) == 0
+    assert curve(workplace / "run") == unbroken
+    shares = [event["shares"] for event in events(workplace / "run") if event["event"] == "start"]
+    assert shares == [[[0, [0, 1]]], [[0, [0, 1]]], [[0, [0, 2]]]]
+
+
+def _node_that_may_die(node: int, nodes: int, port: int, options: tuple, fault: Fault) -> int:
+    """As `_supervise_node`, in a process of its own."""
+    pid = os.fork()
+    if not pid:
+        os._exit(_supervise_node(node, nodes, port, options, fault))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _supervise_node(node: int, nodes: int, port: int, options: tuple, fault: Fault) -> int:
     facts = {"RANK": node, "WORLD_SIZE": nodes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     os.environ |= {name: str(value) for name, value in {**facts, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()}
-    words = ("--grace", 0.2, "--", "train", "--config", "config.toml", *SAVES)
+    words = ("--grace", 0.2, *options, "--", "train", "--config", "config.toml", *SAVES)
     return _supervise(node, nodes, list(map(str, words)), fault)
 
 

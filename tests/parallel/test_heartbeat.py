@@ -12,7 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.heartbeat import SLOTS, Beat, Call, Heartbeat, Limits, Watch, beat_path, read, stacks_path, suspects, waited_for
+from parallel.heartbeat import (
+    EVENTS,
+    SLOTS,
+    Beat,
+    Call,
+    Heartbeat,
+    Limits,
+    Watch,
+    beat_path,
+    read,
+    read_events,
+    stacks_path,
+    suspects,
+    waited_for,
+)
 from parallel.launch import become, detect, open_heartbeat
 from parallel.launchers import Launch, MeetingPoint
 from parallel.ledger import Ledger
@@ -58,6 +72,34 @@ def test_long_names_and_many_axes_stay_inside_the_record(heartbeat: Heartbeat, t
     assert beat.phase == "start" and beat.action == "x" * 24 and len(beat.calls) == SLOTS
 
 
+def test_the_flight_recorder_keeps_the_latest_events(heartbeat: Heartbeat, tmp_path: Path) -> None:
+    for step in range(1, 100):
+        heartbeat.enter("step", step)
+        heartbeat.act(f"F{step}")
+        heartbeat.call("all_reduce", "tp", (2, 3))
+    events = read_events(tmp_path, 3)
+    assert len(events) == EVENTS - 1
+    assert [(e.what, e.name, e.number, e.axis) for e in events[-4:]] == [
+        ("call", "all_reduce", 98, "tp"),
+        ("phase", "step", 99, ""),
+        ("action", "F99", 0, ""),
+        ("call", "all_reduce", 99, "tp"),
+    ]
+    assert [e.time for e in events] == sorted(e.time for e in events)
+    assert read(tmp_path, 3).time == events[-1].time
+
+
+def test_the_flight_recorder_of_a_dead_rank_can_be_read(tmp_path: Path) -> None:
+    def rank_main(rank: int, world_size: int) -> None:
+        Heartbeat(beat_path(tmp_path, rank)).act("F0")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(AssertionError, match="exit code -9"):
+        run_ranks(1, rank_main, joined=False)
+    assert list(map(str, read_events(tmp_path, 0))) == ["phase start", "action F0"]
+    assert read_events(tmp_path, 1) == []
+
+
 def test_a_rank_that_has_not_begun(tmp_path: Path) -> None:
     assert read(tmp_path, 0) is None
     beat_path(tmp_path, 0).write_bytes(b"")  # made, and not filled yet
@@ -76,11 +118,26 @@ def test_the_ledger_shows_its_calls(heartbeat: Heartbeat, tmp_path: Path) -> Non
     assert str(read(tmp_path, 3).last_call) == "broadcast over dp (ranks 3, 7), call 1"
 
 
+def test_a_call_over_many_ranks_costs_no_more_than_one_over_two() -> None:
+    """Nothing looks at all of the ranks before somebody asks."""
+
+    class Ranks(tuple):
+        def __iter__(self):
+            raise AssertionError("looked at all ranks")
+
+        __str__ = __repr__ = __hash__ = __iter__
+
+    ledger = Ledger()
+    ledger.record("all_reduce", "world", Ranks(range(2048)), 100)
+    ledger.record("all_reduce", "world", Ranks(range(2048)), 100)
+    assert ledger.last == "all_reduce over world (0, 1, ... 2047: 2048 ranks), 100 bytes, call 2"
+
+
 def test_a_rank_learns_from_its_supervisor_where_to_beat(tmp_path: Path) -> None:
     def rank_main(rank: int, world_size: int) -> None:
         launch = Launch(5, 1, 8, 4, "supervisor", MeetingPoint("n1", 1234, serves=False))
         become(launch, tmp_path)
-        assert detect() == replace(launch, launcher="torchrun")
+        assert detect() == launch
         open_heartbeat(launch).enter("load")
         assert read(tmp_path, 5).phase == "load"
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import parallel.launch as launch_module
 from parallel.errors import LaunchError
-from parallel.launch import Launch, choose_device, detect, start, stop
+from parallel.launch import Launch, choose_device, detect, start, stop, visible_devices
 from parallel.launchers import MeetingPoint
 from tests.parallel.test_launchers import HYDRA, SRUN
 from tests.ranks import run_ranks
@@ -193,3 +193,21 @@ def test_an_mpi_that_sees_one_rank_in_each_process_is_found(environment, text, m
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", OneRankEach)
     with pytest.raises(LaunchError, match=text):
         start(detect(environment), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, "0,2"), ("", ""), ("4,5,6,7", "4,6"), ("GPU-a,GPU-b,GPU-c", "GPU-a,GPU-c")]
+)
+def test_slots_are_devices_among_those_that_are_visible(
+    visible: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_devices((0, 2)) == expected
+
+
+def test_too_few_devices_for_the_slots_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(LaunchError, match="together need 3 devices, and CUDA_VISIBLE_DEVICES=0,1 has 2"):
+        visible_devices((0, 2))
