@@ -193,6 +193,20 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """What is done about wrong numbers, and how state and ranks are watched; docs/failures.md, from "The numbers" on."""
+
+    non_finite: str = setting("rerun", "a loss or gradient is not finite: do", choices=("rerun", "skip", "stop"))
+    spikes: str = setting("report", "one is far above the last ones: do", choices=("off", "report", "skip", "roll_back"))
+    spike_deviations: float = setting(6.0, "standard deviations above the mean where spikes begin", minimum=1.0)
+    window: int = setting(128, "steps before a step that count: for spikes, and for what is allowed", minimum=2)
+    skips_allowed: int = setting(8, "batches that may be skipped in so many steps; then the run goes back", minimum=0)
+    rollbacks_allowed: int = setting(1, "times that it may go back to a checkpoint in so many steps; then it stops", minimum=0)
+    audit_every: int = setting(500, "steps between audits of what several ranks hold; 0 audits before saves only", minimum=0)
+    straggler_factor: float = setting(1.2, "a rank that is busy so many times as long as its peers is named", minimum=1.0)
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """The run directory and its rhythm."""
 
@@ -213,6 +227,7 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
     log: LogConfig = LogConfig()
 
 

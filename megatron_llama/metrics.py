@@ -2,7 +2,8 @@
 
 `step` counts finished updates: the first step is 1, and a checkpoint of step k holds what lines up to k describe. Each
 line has the `time` at which it was written, in seconds since the epoch. A start and an orderly end of the program have lines
-of their own (`event`: start, end); where the end is missing, the program died.
+of their own (`event`: start, end); where the end is missing, the program died. Other events are what was done about numbers
+that were wrong (`remedies`), copies that differ (`integrity`) and ranks that are slow (`stragglers`).
 Resuming from step k cuts the file back to k, so a killed and resumed run leaves the steps of one that never stopped; what is
 cut goes to `discarded.jsonl`, for those who count what a failure has cost (tools/goodput.py).
 """
@@ -52,14 +53,28 @@ class MetricsWriter:
     """
 
     def __init__(self, run_directory: str | Path, resume_step: int = 0) -> None:
-        directory = Path(run_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / "metrics.jsonl"
-        cut_back(self.path, resume_step)
+        self._directory = Path(run_directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self.path = self._directory / "metrics.jsonl"
+        self._open(resume_step)
+        self.write_event(resume_step, "start")
+
+    def _open(self, step: int) -> None:
+        """Go on after `step`."""
+        cut_back(self.path, step)
         self._file = open(self.path, "a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
-        self._step = resume_step  # of the newest record
-        self._write({"step": resume_step, "event": "start"})
+        self._tensorboard = SummaryWriter(str(self._directory / "tensorboard"), purge_step=step + 1 if step else 0)
+        self._step = step  # of the newest record
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from an earlier step: later records leave the file, as after a resume."""
+        self._file.close()
+        self._tensorboard.close()
+        self._open(step)
+
+    def write_event(self, step: int, event: str, **values: Any) -> None:
+        """Writes what has happened in a step beside training."""
+        self._write({"step": step, "event": event, **values})
 
     def write_step(self, record: StepRecord, **extra: Any) -> None:
         """Writes one training step; `extra` fields (such as `skipped=True`) go to the file alone."""

@@ -16,7 +16,15 @@ import torch.distributed as dist
 from parallel import launch as launching
 from parallel.checkpoint.save import FailedElsewhere
 from parallel.collectives import all_reduce
-from parallel.errors import CheckpointError, ConfigError, DataError, LostContactError, UserError
+from parallel.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptedStateError,
+    DataError,
+    LaunchError,
+    LostContactError,
+    UserError,
+)
 from parallel.groups import Axis
 from parallel.launch import Launch
 
@@ -24,8 +32,10 @@ from parallel.launch import Launch
 USER_ERROR = 78  # its user has to mend something: starting it again would not help
 STOPPED = 75  # asked to stop, and its state is saved: start it again
 LOST = 69  # ranks did not come, or went: start it again
+CORRUPTED = 71  # this rank's state is not that of its copies: start it again, and mind its hardware
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 LOGGER = "megatron_llama"
+LOCAL_RANK_FLAG = "--local_rank="
 
 Result = TypeVar("Result")
 
@@ -52,9 +62,27 @@ def _exit_code(main: Callable[[Launch], int]) -> int:
     except UserError as error:
         if _speaks(launch, error):
             say(error, launch.rank)
-        return LOST if isinstance(error, LostContactError) else USER_ERROR
+        return _code_of(error, launch)
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _code_of(error: UserError, launch: Launch) -> int:
+    """Of ranks that end because another's state is corrupt, only that one says so: it is the one that a report is to name."""
+    if isinstance(error, CorruptedStateError):
+        return CORRUPTED if launch.rank in error.ranks else LOST
+    return LOST if isinstance(error, LostContactError) else USER_ERROR
+
+
+def command_line(launch: Launch) -> list[str]:
+    """The arguments, without the `--local_rank=N` that DeepSpeed's launcher adds. Raises LaunchError where N is not ours."""
+    argv = sys.argv[1:]
+    added = [word for word in argv if word.startswith(LOCAL_RANK_FLAG)]
+    if any(word != f"{LOCAL_RANK_FLAG}{launch.local_rank}" for word in added):
+        raise LaunchError(
+            f"{added[0]} contradicts the environment of {launch.launcher}, which says {launch.local_rank}: leave the flag away"
+        )
+    return [word for word in argv if word not in added]
 
 
 def asks_for_help(argv: list[str]) -> bool:
@@ -68,6 +96,8 @@ def _speaks(launch: Launch, error: UserError) -> bool:
     What is wrong with the settings or with a node, every rank of the node finds alike: its first one says it. Once the
     ranks work together, a bad file may be seen by one rank alone.
     """
+    if isinstance(error, CorruptedStateError):  # which the ranks have agreed on
+        return launch.rank == 0
     found_by_one = isinstance(error, DataError | CheckpointError | LostContactError)
     return launch.local_rank == 0 or (dist.is_initialized() and found_by_one)
 

@@ -43,7 +43,7 @@ def format_interval(interval: Interval) -> str:
     if interval.data_wait_share > NOTABLE_WAIT:
         parts.append(f"waits for data {interval.data_wait_share:.0%}")
     if interval.skipped_steps:
-        parts.append(f"SKIPPED {interval.skipped_steps} (loss or gradient not finite)")
+        parts.append(f"SKIPPED {interval.skipped_steps} (not finite, or a spike)")
     return " | ".join(parts)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from megatron_llama.config import RunConfig, checkpoint_directory
 from megatron_llama.program import LOGGER
 from megatron_llama.runtime import Runtime
 from megatron_llama.state import Position, fresh_position, load_state, start_from_weights, voter
+from megatron_llama.watch import Watch
 from parallel.checkpoint.manifest import DamagedError
 from parallel.checkpoint.readers import GroupReaders, Readers
 from parallel.checkpoint.recovery import confirm_damage, newest_good_step, quarantine
@@ -20,28 +23,43 @@ from parallel.errors import ConfigError
 from parallel.zero.engine import Engine
 
 
-def resume(runtime: Runtime, engine: Engine) -> Position:
-    """Fill the model and the optimizer as the configuration asks for, and return where the run is. All ranks call it together.
+def resume(runtime: Runtime, engine: Engine, watch: Watch) -> Position:
+    """Fill model, optimizer and `watch` as the configuration asks for, and return where the run is. All ranks call it together.
 
     Raises CheckpointError and ConfigError, on all ranks alike.
     """
     config = runtime.config
-    readers = GroupReaders() if dist.is_initialized() else Readers()
-    try:
-        position = _start(config, runtime, engine, readers)
+    with _reading_together(runtime) as readers:
+        position = _start(config, runtime, engine, watch, readers)
         readers.together(lambda: _refuse_later_steps(checkpoint_directory(config), position))
         return position
+
+
+def go_back(runtime: Runtime, engine: Engine, watch: Watch) -> Position | None:
+    """Load the run's newest good checkpoint during the run; None where there is none. All ranks call it together.
+
+    Raises CheckpointError on all ranks alike.
+    """
+    with _reading_together(runtime) as readers:
+        return _recover(checkpoint_directory(runtime.config), runtime, engine, watch, readers)
+
+
+@contextmanager
+def _reading_together(runtime: Runtime) -> Iterator[Readers]:
+    readers = GroupReaders(heartbeat=runtime.groups.ledger.heartbeat) if dist.is_initialized() else Readers()
+    try:
+        yield readers
     finally:
         readers.close()
 
 
-def _start(config: RunConfig, runtime: Runtime, engine: Engine, readers: Readers) -> Position:
+def _start(config: RunConfig, runtime: Runtime, engine: Engine, watch: Watch, readers: Readers) -> Position:
     load, weights_from = config.checkpoint.load, config.checkpoint.weights_from
     if load not in ("auto", "none"):
         directory = readers.together(lambda: resolve_checkpoint(Path(load)))
-        return load_state(directory, runtime, engine, readers)
+        return load_state(directory, runtime, engine, readers, watch)
     if load == "auto":
-        position = _recover(checkpoint_directory(config), runtime, engine, readers)
+        position = _recover(checkpoint_directory(config), runtime, engine, watch, readers)
         if position is not None:
             return position
     if weights_from:
@@ -51,18 +69,18 @@ def _start(config: RunConfig, runtime: Runtime, engine: Engine, readers: Readers
     return fresh_position(config)
 
 
-def _recover(root: Path, runtime: Runtime, engine: Engine, readers: Readers) -> Position | None:
+def _recover(root: Path, runtime: Runtime, engine: Engine, watch: Watch, readers: Readers) -> Position | None:
     """Load the newest good step under `root`, and put damaged newer ones aside; None where there is no step at all.
 
     Every block is verified as it is read, and together the ranks read all of them: so verifying first would only read
     everything twice. Damage that is found so late costs a load.
     """
     while True:
-        directory = _newest(root, readers)
+        directory = _newest(root, runtime, readers)
         if directory is None:
             return None
         try:
-            position = load_state(directory, runtime, engine, readers)
+            position = load_state(directory, runtime, engine, readers, watch)
         except DamagedError as error:
             found = error
         else:
@@ -72,7 +90,7 @@ def _recover(root: Path, runtime: Runtime, engine: Engine, readers: Readers) -> 
         readers.together(lambda directory=directory, found=found: _set_aside(directory, found, readers.rank))
 
 
-def _newest(root: Path, readers: Readers) -> Path | None:
+def _newest(root: Path, runtime: Runtime, readers: Readers) -> Path | None:
     """The newest step that looks good to rank 0, which puts aside those that do not."""
     step = -1
 
@@ -84,7 +102,7 @@ def _newest(root: Path, readers: Readers) -> Path | None:
         step = -1 if directory is None else int(STEP_NAME.fullmatch(directory.name)[1])
 
     readers.together(lambda: look() if readers.rank == 0 else None)
-    step = voter().broadcast_int(step)
+    step = voter(runtime).broadcast_int(step)
     return None if step < 0 else step_directory(root, step)
 
 

@@ -13,6 +13,7 @@ from megatron_llama.config import checkpoint_directory, saves_in_background
 from megatron_llama.program import LOGGER, say
 from megatron_llama.runtime import Runtime
 from megatron_llama.state import Position, save_state, start_save, voter
+from megatron_llama.watch import Watch
 from parallel.checkpoint.background import BackgroundSaver, Outcome, Progress
 from parallel.checkpoint.save import FailedElsewhere, remove_unfinished
 from parallel.checkpoint.steps import step_directory
@@ -35,15 +36,16 @@ class Saver:
         dataset: Callable[[int], dict[str, Any]],
         tokenizer: bytes | None,
         saved_step: int,
+        watch: Watch,
     ) -> None:
-        self.runtime, self.engine, self.dataset, self.tokenizer = runtime, engine, dataset, tokenizer
+        self.runtime, self.engine, self.dataset, self.tokenizer, self.watch = runtime, engine, dataset, tokenizer, watch
         self.saved_step = saved_step  # the newest that is safe
         self.state_copied: torch.cuda.Event | None = None  # what updates wait for on the device: the last copy of the state
         self.settings = runtime.config.checkpoint
         self.root = checkpoint_directory(runtime.config)
         self.rank = runtime.groups.world.rank
         self.log = logging.getLogger(LOGGER)
-        self.background = BackgroundSaver(voter(), runtime.device) if saves_in_background(runtime.config) else None
+        self.background = BackgroundSaver(voter(runtime), runtime.device) if saves_in_background(runtime.config) else None
         self._failures = 0  # in a row
         if self.rank == 0:
             try:
@@ -79,6 +81,14 @@ class Saver:
         if self.saved_step != position.step:
             self._conclude(self._save_now(position), is_last=True)
 
+    def go_back(self, position: Position, load: Callable[[], Position | None]) -> Position | None:
+        """Put the run back where `load` says, which loads the newest checkpoint, once the save under way has ended."""
+        self._wait(position)
+        found = load()
+        if found is not None:
+            self.saved_step = found.step
+        return found
+
     def _wait(self, position: Position) -> None:
         started = time.perf_counter()
         outcome = None if self.background is None else self.background.wait()
@@ -95,8 +105,8 @@ class Saver:
             error = found
         return Outcome(position.step, step_directory(self.root, position.step), time.perf_counter() - started, error)
 
-    def _contents(self, position: Position) -> tuple[Position, dict[str, Any], bytes | None]:
-        return position, self.dataset(position.samples), self.tokenizer
+    def _contents(self, position: Position) -> tuple[Position, dict[str, Any], bytes | None, Watch]:
+        return position, self.dataset(position.samples), self.tokenizer, self.watch
 
     def _conclude(self, outcome: Outcome, is_last: bool = False) -> None:
         """Say how a save has ended. Raises its error where the run cannot go on: after too many, or where it `is_last`."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megatron_llama.code_version import code_version
-from megatron_llama.config import ModelConfig, RunConfig, checkpoint_directory, from_dict, to_dict
+from megatron_llama.config import ModelConfig, RunConfig, checkpoint_directory, from_dict, to_dict, tokens_per_step
 from megatron_llama.interop.stored_model import logical_shapes
 from megatron_llama.runtime import Runtime
+from megatron_llama.watch import Watch
 from parallel.checkpoint.background import BackgroundSaver
 from parallel.checkpoint.load import load_tensors
 from parallel.checkpoint.manifest import Manifest, read_manifest
@@ -30,26 +31,55 @@ from parallel.zero.engine import Engine
 TOKENIZER_FILE = "tokenizer.model"
 
 
+class SkippedSamples(NamedTuple):
+    """Samples `first` to `stop` - 1, which a run has left out at `step`, and why."""
+
+    first: int
+    stop: int
+    step: int
+    reason: str
+
+
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: updates done (skipped ones too), samples read, tokens read."""
+    """Where a run is: updates done (skipped ones too), samples read or left out, tokens trained on (or skipped in a step)."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    skipped_samples: tuple[SkippedSamples, ...] = ()
+
+    def after(self, config: RunConfig) -> Position:
+        """One step further."""
+        tokens = self.tokens + tokens_per_step(config)
+        return replace(self, step=self.step + 1, samples=self.samples + config.train.global_batch_size, tokens=tokens)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Position:
+        """That of a checkpoint's state."""
+        position = state["position"]
+        return cls(**{**position, "skipped_samples": tuple(SkippedSamples(*s) for s in position.get("skipped_samples", ()))})
 
 
-def voter() -> Voter:
+def voter(runtime: Runtime) -> Voter:
     """All ranks of the run, for saving."""
-    return GroupVoter() if dist.is_initialized() else SingleProcess()
+    return GroupVoter(heartbeat=runtime.groups.ledger.heartbeat) if dist.is_initialized() else SingleProcess()
 
 
 def save_state(
-    runtime: Runtime, engine: Engine, position: Position, dataset: dict[str, Any], tokenizer: bytes | None
+    runtime: Runtime,
+    engine: Engine,
+    position: Position,
+    dataset: dict[str, Any],
+    tokenizer: bytes | None,
+    watch: Watch | None = None,
 ) -> Path:
-    """Save weights, optimizer state and position. All ranks call it together. Raises CheckpointError on all of them."""
-    root, groups, state, options = _contents(runtime, engine, position, dataset, tokenizer)
-    return save_checkpoint(root, position.step, groups(), state, world=voter(), **options)
+    """Save weights, optimizer state, position and what is `watch`ed. All ranks call it together.
+
+    Raises CheckpointError on all of them.
+    """
+    root, groups, state, options = _contents(runtime, engine, position, dataset, tokenizer, watch)
+    return save_checkpoint(root, position.step, groups(), state, world=voter(runtime), **options)
 
 
 def start_save(
@@ -59,14 +89,20 @@ def start_save(
     position: Position,
     dataset: dict[str, Any],
     tokenizer: bytes | None,
+    watch: Watch | None = None,
 ) -> torch.cuda.Event | None:
     """Let `saver` save what `save_state` saves. Returns what the next update is to wait for on the device, if anything."""
-    root, groups, state, options = _contents(runtime, engine, position, dataset, tokenizer)
+    root, groups, state, options = _contents(runtime, engine, position, dataset, tokenizer, watch)
     return saver.start(root, position.step, groups, state, **options)
 
 
 def _contents(
-    runtime: Runtime, engine: Engine, position: Position, dataset: dict[str, Any], tokenizer: bytes | None
+    runtime: Runtime,
+    engine: Engine,
+    position: Position,
+    dataset: dict[str, Any],
+    tokenizer: bytes | None,
+    watch: Watch | None,
 ) -> tuple[Path, Callable[[], Groups], dict[str, Any], dict[str, Any]]:
     """Where to save, what makes the boxes, the manifest's state, and the options of a save."""
     engine.finish()
@@ -75,6 +111,7 @@ def _contents(
         "position": dataclasses.asdict(position),
         "optimizer_steps": engine.optimizer_steps,
         "loss_scale": engine.loss_scale.state if engine.loss_scale is not None else None,
+        "watch": watch.state if watch is not None else None,
         "config": to_dict(config),
         "world_size": runtime.groups.topology.world_size,
         "dataset": dataset,
@@ -112,11 +149,13 @@ def stored_position(config: RunConfig) -> tuple[Position, dict[str, Any] | None]
     if directory is None:
         return fresh_position(config), None
     state = read_manifest(directory).state
-    return Position(**state["position"]), state["dataset"]
+    return Position.from_state(state), state["dataset"]
 
 
-def load_state(directory: Path, runtime: Runtime, engine: Engine, readers: Readers | None = None) -> Position:
-    """Load a checkpoint, made in whatever layout, into this one: weights, optimizer state and position.
+def load_state(
+    directory: Path, runtime: Runtime, engine: Engine, readers: Readers | None = None, watch: Watch | None = None
+) -> Position:
+    """Load a checkpoint, made in whatever layout, into this one: weights, optimizer state, position and what is `watch`ed.
 
     `readers`: the ranks that load together; None: each on its own. Raises CheckpointError where it is of another model, and
     DamagedError where it is damaged: then another one may be loaded instead, as a load fills everything anew.
@@ -134,7 +173,10 @@ def load_state(directory: Path, runtime: Runtime, engine: Engine, readers: Reade
     stored_scale = manifest.state.get("loss_scale")
     if engine.loss_scale is not None and stored_scale is not None:
         engine.loss_scale.state = stored_scale
-    return Position(**manifest.state["position"])
+    stored_watch = manifest.state.get("watch")
+    if watch is not None and stored_watch is not None:
+        watch.state = stored_watch
+    return Position.from_state(manifest.state)
 
 
 def start_from_weights(directory: Path, runtime: Runtime, engine: Engine, readers: Readers) -> None:

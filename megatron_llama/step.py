@@ -14,6 +14,7 @@ from megatron_llama.data.loader import MicroBatch, target_count
 from megatron_llama.pipeline_plan import stage_costs
 from megatron_llama.runtime import DTYPES, Runtime
 from megatron_llama.verdict import NO_SUMS, HostSums
+from megatron_llama.watch import Watch
 from parallel.collectives import Handle, start_all_reduce
 from parallel.errors import ConfigError
 from parallel.graphs import CudaGraphs, MicroBatchGraphs
@@ -115,11 +116,15 @@ def _bounded(batch: MicroBatch) -> MicroBatch:
 
 
 class TrainStep:
-    """Runs steps. `prepare` a batch one step ahead, then `run` it; neither makes the host wait for a GPU."""
+    """Runs steps. `prepare` a batch one step ahead, then `run` it; neither makes the host wait for a GPU.
 
-    def __init__(self, runtime: Runtime, engine: Engine, num_micro_batches: int) -> None:
+    `watch` judges them. Without one a step that is not finite is skipped, and nobody has to decide how to go on.
+    """
+
+    def __init__(self, runtime: Runtime, engine: Engine, num_micro_batches: int, watch: Watch | None = None) -> None:
         config = runtime.config
         self.runtime, self.engine = runtime, engine
+        self.watch = watch or Watch(replace(config.watch, non_finite="skip"), runtime.device)
         schedule = SCHEDULES[config.parallel.schedule](runtime.placement, num_micro_batches)
         costs = stage_costs(config, runtime.placement)
         self.report = check_schedule(schedule, runtime.placement, num_micro_batches, costs)
@@ -160,4 +165,6 @@ class TrainStep:
         from_host = torch.tensor(sums, dtype=torch.float64).to(loss.device, non_blocking=True)
         if self.state_copied is not None:
             torch.cuda.current_stream(loss.device).wait_event(self.state_copied)
-        return self.engine.step(learning_rate, torch.cat([loss[None], from_host]))
+        info = self.engine.step(learning_rate, torch.cat([loss[None], from_host]), self.watch.before_step().judge)
+        self.watch.after_step(info)
+        return info

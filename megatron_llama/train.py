@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -34,18 +35,21 @@ from megatron_llama.evaluate import Evaluator
 from megatron_llama.flops import parameter_count
 from megatron_llama.metrics import MetricsWriter
 from megatron_llama.pipeline_plan import memory_settings, settle_schedule
-from megatron_llama.program import STOPPED, agree, asks_for_help, open_log, run_program
+from megatron_llama.program import STOPPED, agree, asks_for_help, command_line, open_log, run_program
 from megatron_llama.resume import resume
 from megatron_llama.run_data import make_loader, open_run_data
+from megatron_llama.run_lock import lock_run
 from megatron_llama.runtime import Runtime, build_runtime
 from megatron_llama.saving import Saver
 from megatron_llama.state import TOKENIZER_FILE, Position
 from megatron_llama.step import TrainStep, make_engine
 from megatron_llama.tokenizer import Tokenizer
 from megatron_llama.trainer import Trainer
+from megatron_llama.watch import Watch
 from parallel import launch as launching
 from parallel.collectives import contact_kept
 from parallel.errors import ConfigError
+from parallel.heartbeat import WAITS
 from parallel.launch import Launch
 from parallel.zero.engine import Engine
 
@@ -55,7 +59,8 @@ Result = TypeVar("Result")
 def main(launch: Launch, argv: list[str]) -> int:
     """Train as the arguments ask for. Returns 0 (done, or nothing left to do) or 75 (stopped with its state saved).
 
-    Other exit codes: 78 (something is to be mended first), 69 (another rank has died or does not answer).
+    Other exit codes: 78 (something is to be mended first), 69 (another rank has died or does not answer), 71 (this
+    rank's state was found to be corrupt: a restart mends it).
     """
     if launch.rank and asks_for_help(argv):
         return 0
@@ -69,22 +74,25 @@ def main(launch: Launch, argv: list[str]) -> int:
     device = launching.choose_device(launch, config.train.device)
     timeout = timedelta(seconds=config.train.start_timeout)
     heartbeat = launching.open_heartbeat(launch)
+    heartbeat.act(f"{WAITS}all ranks")
     launching.start(launch, device, timeout)
     runtime = build_runtime(settled, launch.rank, launch.world_size, device, timeout)
     runtime.groups.ledger.heartbeat = heartbeat
     world, data = runtime.groups.world, runtime.groups.data
     train_data, held_out, tokenizer, data_position = agree(lambda: _open_data(config), world, device)
+    lock = agree(lambda: _in_run_directory(config, lambda _: ExitStack() if launch.rank else lock_run(config)), world, device)
     log = agree(lambda: _in_run_directory(config, lambda directory: open_log(directory, launch.rank)), world, device)
 
     heartbeat.enter("load")
     engine = make_engine(runtime)
-    position = agree(lambda: resume(runtime, engine), world, device)
+    watch = Watch(config.watch, device)
+    position = agree(lambda: resume(runtime, engine, watch), world, device)
     if position != data_position:  # the newest checkpoint was found damaged, and an older one was taken
         train_data, held_out, tokenizer, _ = agree(lambda: _open_data(config), world, device)
     if position.step >= total_steps(config):  # a job that was submitted once more
         log.info(f"step {position.step} of {total_steps(config)}: this run is complete; raise --train.steps to go on")
         return 0
-    step = TrainStep(runtime, engine, micro_batches_per_step(config, launch.world_size))
+    step = TrainStep(runtime, engine, micro_batches_per_step(config, launch.world_size), watch)
     log.info(describe(launch, runtime, engine, step, train_data, position))
 
     def record(directory: Path) -> MetricsWriter | None:
@@ -102,12 +110,13 @@ def main(launch: Launch, argv: list[str]) -> int:
         micro_batch_size, mask = config.train.micro_batch_size, masks_documents(config.data)
         evaluator = agree(lambda: Evaluator(runtime, held_out, micro_batch_size, mask), world, device)
 
-    saver = Saver(runtime, engine, train_data.state, tokenizer, position.step)
+    saver = Saver(runtime, engine, train_data.state, tokenizer, position.step, watch)
     with contact_kept(world):
         finished = Trainer(config, step, engine, loader, position, saver, evaluator, metrics).run()
     heartbeat.enter("end")
     if metrics is not None:
         metrics.close()
+    lock.close()
     return 0 if finished else STOPPED
 
 
@@ -186,4 +195,4 @@ def describe(
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda launch: main(launch, sys.argv[1:])))
+    sys.exit(run_program(lambda launch: main(launch, command_line(launch))))

@@ -14,13 +14,16 @@ from megatron_llama.config import RunConfig, tokens_per_step, total_steps
 from megatron_llama.data.loader import Loader, Prefetcher
 from megatron_llama.evaluate import Evaluator
 from megatron_llama.flops import dense_peak_flops, model_flops, model_flops_utilization
+from megatron_llama.integrity import check_replicas
 from megatron_llama.lr_schedule import learning_rate
 from megatron_llama.metrics import MetricsWriter, StepRecord
 from megatron_llama.program import LOGGER
 from megatron_llama.progress import Progress
+from megatron_llama.remedies import Remedies
 from megatron_llama.saving import Saver
 from megatron_llama.state import Position
 from megatron_llama.step import Batch, TrainStep
+from megatron_llama.stragglers import Stragglers
 from megatron_llama.tracing import StepTracer
 from megatron_llama.verdict import HostSums, Moment, StepNumbers, Verdict
 from parallel.zero.engine import Engine
@@ -75,43 +78,56 @@ class Trainer:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.peak = dense_peak_flops(name, config.train.dtype)
         self.world_size = world
+        self.remedies = Remedies(step, loader, saver, metrics)
+        every, factor = config.log.every, config.watch.straggler_factor
+        self.stragglers = Stragglers(step.runtime.groups, device, every, factor, metrics)
         self.progress = Progress(self.last_step, world, self.peak)
         self.log = logging.getLogger(LOGGER)
 
     def run(self) -> bool:
         """Train. Returns whether the run reached its end (False: it was asked to stop, and has saved)."""
-        batch_size = self.config.train.global_batch_size
-        end_sample = self.position.samples + (self.end_step - self.position.step) * batch_size
-        pending: Verdict | None = None
         stopped = False
-        with StopRequest() as stop, Prefetcher(self.loader, self.position.samples, end_sample) as batches:
-            ahead, _ = self._prepare_next(batches)
-            self._since = Moment(self.step.runtime.device)  # where the step under way began
-            while ahead is not None and not stopped:
-                step, batch = self.position.step + 1, ahead
-                self.heartbeat.enter("step" if step > self.first_step else "first step", step)
-                ahead, waited = self._prepare_next(batches)
-                rate = learning_rate(self.position.step, self.config.optimizer, self.last_step)
-                sums = HostSums(stop.wished, waited, *self.saver.progress())
-                with self.tracer.step(step):
-                    info = self.step.run(batch, rate, sums)
-                self.position = Position(
-                    step, self.position.samples + batch_size, self.position.tokens + self.tokens_per_step
-                )
-                if pending is not None:
-                    stopped = self._report(pending)
-                pending = Verdict(step, rate, info, batch.counts[1])
-                if self._pauses_after(step) or ahead is None:
-                    stopped = self._report(pending) or stopped
-                    pending = None
-                    self._pause(step, last=ahead is None)
-            if pending is not None:
-                self._report(pending)
+        with StopRequest() as stop:
+            while self.position.step < self.end_step and not stopped:
+                stopped = self._train_on(stop)
         if stopped and self.position.step < self.end_step:
             self.log.info(f"asked to stop after step {self.position.step}")
             self._save(last=True)
             return False
         return True
+
+    def _train_on(self, stop: StopRequest) -> bool:
+        """Train up to the end of the run, a stop, or a step that has set the run back. Returns whether to stop."""
+        end_sample = self.position.samples + (self.end_step - self.position.step) * self.config.train.global_batch_size
+        pending: Verdict | None = None
+        stopped = False
+        with Prefetcher(self.loader, self.position.samples, end_sample) as batches:
+            ahead, _ = self._prepare_next(batches)
+            self._since = Moment(self.step.runtime.device)  # where the step under way began
+            while ahead is not None and not stopped:
+                before, step, batch = self.position, self.position.step + 1, ahead
+                rate = learning_rate(before.step, self.config.optimizer, self.last_step)
+                with self.stragglers.step(step):
+                    self.heartbeat.enter("step" if step > self.first_step else "first step", step)
+                    ahead, waited = self._prepare_next(batches)
+                    sums = HostSums(stop.wished, waited, *self.saver.progress())
+                    with self.tracer.step(step):
+                        info = self.step.run(batch, rate, sums)
+                self.position = before.after(self.config)
+                if pending is not None:
+                    stopped = self._report(pending)
+                    if self.position.step < step:
+                        return stopped  # the step that was launched since is void
+                pending = Verdict(before, rate, info, batch.counts[1], self.step.watch.statistics)
+                if self._pauses_after(step) or ahead is None:
+                    stopped = self._report(pending) or stopped
+                    pending = None
+                    if self.position.step < step:
+                        return stopped
+                    self._pause(step, last=ahead is None)
+            if pending is not None:
+                self._report(pending)
+        return stopped
 
     def _prepare_next(self, batches: Prefetcher) -> tuple[Batch | None, float]:
         """The next batch, if there is one, and the seconds that the loop waited until it was read."""
@@ -121,14 +137,25 @@ class Trainer:
         return None if micro_batches is None else self.step.prepare(micro_batches), waited
 
     def _report(self, verdict: Verdict) -> bool:
-        """Record a finished step; returns whether the ranks have agreed to stop."""
+        """Record a finished step; returns whether the ranks have agreed to stop.
+
+        Where its numbers are wrong, `position` may be behind later steps afterwards, which are void then.
+        """
         numbers = verdict.read()
         if verdict.step == self.first_step:  # kernels are compiled, connections made: from now on nobody is late for long
             self.step.runtime.groups.set_timeout(timedelta(seconds=self.config.train.step_timeout))
         self.saver.hear(numbers.sums.saving)
-        seconds, self._since = verdict.finished.seconds_since(self._since), verdict.finished
-        if self.metrics is not None:
-            self._record(self.metrics, verdict, numbers, seconds)
+        self.stragglers.hear(verdict.step)
+        outcome = self.remedies.mend(verdict, numbers, self.position)
+        self.position = outcome.position
+        if outcome.numbers is None:
+            self.first_step = self.position.step + 1
+            self._since = Moment(self.step.runtime.device)
+        else:
+            finished = outcome.verdict.finished
+            seconds, self._since = finished.seconds_since(self._since), finished
+            if self.metrics is not None:
+                self._record(self.metrics, verdict, outcome.numbers, seconds)
         return numbers.sums.stop_wishes > 0
 
     def _record(self, metrics: MetricsWriter, verdict: Verdict, numbers: StepNumbers, seconds: float) -> None:
@@ -140,7 +167,7 @@ class Trainer:
             loss=numbers.loss,
             grad_norm=numbers.grad_norm,
             learning_rate=verdict.rate,
-            tokens=self.position.tokens - (self.position.step - verdict.step) * self.tokens_per_step,
+            tokens=verdict.before.tokens + self.tokens_per_step,
             step_seconds=seconds,
             tokens_per_second=speed,
             data_wait_seconds=numbers.sums.data_wait_seconds / self.world_size,
@@ -162,10 +189,13 @@ class Trainer:
     def _pauses_after(self, step: int) -> bool:
         train, checkpoint = self.config.train, self.config.checkpoint
         evaluates = self.evaluator is not None and train.evaluate_every and step % train.evaluate_every == 0
-        return bool(evaluates or (checkpoint.save_every and step % checkpoint.save_every == 0))
+        return bool(evaluates or (checkpoint.save_every and step % checkpoint.save_every == 0) or self._audits_after(step))
+
+    def _audits_after(self, step: int) -> bool:
+        return bool(self.config.watch.audit_every and step % self.config.watch.audit_every == 0)
 
     def _pause(self, step: int, last: bool) -> None:
-        """Evaluate and save where it is due; their time does not count as a step's."""
+        """Evaluate, save and audit where it is due; their time does not count as a step's."""
         train, checkpoint = self.config.train, self.config.checkpoint
         if self.evaluator is not None and (last or (train.evaluate_every and step % train.evaluate_every == 0)):
             self.heartbeat.enter("evaluate", step)
@@ -177,10 +207,17 @@ class Trainer:
                 self.log.info("\n    ".join([head, *evaluation.table_lines()]))
         if last or (checkpoint.save_every and step % checkpoint.save_every == 0):
             self._save(last)
+        elif self._audits_after(step):
+            self._audit()
         self._since = Moment(self.step.runtime.device)
 
+    def _audit(self) -> None:
+        self.heartbeat.enter("audit", self.position.step)
+        check_replicas(self.step.runtime, self.engine, self.position.step, self.metrics)
+
     def _save(self, last: bool) -> None:
-        """Save, or begin to; `last`: return when the state is safe."""
+        """Save, or begin to, unless the state turns out to be corrupt; `last`: return when it is safe."""
+        self._audit()
         self.heartbeat.enter("save", self.position.step)
         started = time.perf_counter()
         if self.metrics is not None:

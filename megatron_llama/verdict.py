@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_llama.state import Position
+from megatron_llama.watch import Statistics
 from parallel.checkpoint.background import Progress
 from parallel.host_copy import HostCopy
 from parallel.zero.engine import StepInfo
@@ -59,6 +61,8 @@ class StepNumbers:
 
     loss: float  # token mean of the global batch
     sums: HostSums
+    loss_limit: float  # above which the step is a spike
+    norm_limit: float
     grad_norm: float
     skipped: float  # 1.0 where the update was masked
     squared_lengths: float  # sum over the documents of length^2; exact below 2^53
@@ -66,10 +70,16 @@ class StepNumbers:
 
 
 class Verdict:
-    """The numbers of one step on their way to the host."""
+    """The numbers of one step on their way to the host.
 
-    def __init__(self, step: int, rate: float, info: StepInfo, squared_lengths: Tensor) -> None:
-        self.step, self.rate = step, rate
+    `before` is where the run was, and `statistics` is what the step is judged by: with both it may be run again.
+    """
+
+    def __init__(
+        self, before: Position, rate: float, info: StepInfo, squared_lengths: Tensor, statistics: Statistics
+    ) -> None:
+        self.before, self.rate, self.info, self.statistics = before, rate, info, statistics
+        self.step = before.step + 1
         device = squared_lengths.device
         self.finished = Moment(device)
 
@@ -77,7 +87,7 @@ class Verdict:
             known = [info.norm, info.skipped.double(), squared_lengths.double()]
             if info.loss_scale is not None:
                 known.append(info.loss_scale.double())
-            return torch.cat([info.sums, torch.stack(known)])
+            return torch.cat([info.sums, statistics.limits.flatten(), torch.stack(known)])
 
         self._numbers = HostCopy(values, device, info.stream)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch.profiler import record_function
 
 from parallel.errors import LostContactError
 from parallel.groups import Axis
+from parallel.waiting import ClockedHandle, GlooMessage, Handle
 
 # torch 2.13 renamed them and warns about the old names; 2.11 has only the old ones.
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,12 +29,6 @@ LARGE_BYTES = 1 << 20  # of a part of a gather, from which on messages of two ra
 
 # What gloo says where the other side is gone or silent; NCCL's errors have a type of their own.
 GLOO_COMPLAINTS = ("Connection closed", "Connection reset", "Timed out waiting", "pair closure", "Broken pipe")
-
-
-class Handle(Protocol):
-    """What an asynchronous collective returns."""
-
-    def wait(self) -> object: ...
 
 
 class Done:
@@ -75,7 +70,7 @@ def start_all_reduce(tensor: Tensor, axis: Axis, op: dist.ReduceOp = dist.Reduce
     assert tensor.is_contiguous()
     axis.record("all_reduce", 2 * _size_bytes(tensor) * (axis.size - 1) // axis.size)
     with _range("all_reduce", axis):
-        return dist.all_reduce(tensor, op=op, group=axis.group, async_op=True)
+        return axis.clocked(dist.all_reduce(tensor, op=op, group=axis.group, async_op=True))
 
 
 def all_reduce(tensor: Tensor, axis: Axis, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
@@ -99,7 +94,7 @@ def start_all_gather(tensor: Tensor, axis: Axis, out: Tensor | None = None) -> t
         if _size_bytes(tensor) >= LARGE_BYTES and _is_gloo(tensor, axis):
             parts = out.view(axis.size, *tensor.shape)  # gloo's own all-gather copies everything once more
             return out, _start_all_to_all(parts, tensor.expand_as(parts), axis)
-        return out, _all_gather_into(out, tensor, group=axis.group, async_op=True)
+        return out, axis.clocked(_all_gather_into(out, tensor, group=axis.group, async_op=True))
 
 
 def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
@@ -139,7 +134,7 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis, out: Tensor | None = None) 
     axis.record("reduce_scatter", _size_bytes(tensor) // axis.size * (axis.size - 1))
     with _range("reduce_scatter", axis):
         if out.dtype == tensor.dtype and dist.get_backend(axis.group) != "gloo":
-            return out, _reduce_scatter_into(out, tensor, group=axis.group, async_op=True)
+            return out, axis.clocked(_reduce_scatter_into(out, tensor, group=axis.group, async_op=True))
         pieces = torch.empty_like(tensor)
         exchange = _start_all_to_all(pieces.view(axis.size, *out.shape), tensor.view(axis.size, *out.shape), axis)
         return out, SumOfPieces(exchange, pieces.view(axis.size, *out.shape), out)
@@ -148,21 +143,27 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis, out: Tensor | None = None) 
 def _start_all_to_all(out: Tensor, tensor: Tensor, axis: Axis) -> Handle:  # [size, ...] twice
     """Send part i to member i. gloo's own all-to-all sends before it receives, so that a slow link goes one way at a time."""
     if not _is_gloo(tensor, axis):
-        return dist.all_to_all_single(out, tensor, group=axis.group, async_op=True)
+        return axis.clocked(dist.all_to_all_single(out, tensor, group=axis.group, async_op=True))
     messages = []
     for shift in range(1, axis.size):
         target, source = ((axis.rank + step) % axis.size for step in (-shift, shift))
         messages += _exchange(tensor[target], out[source], axis, target, source)
     if out[axis.rank].data_ptr() != tensor[axis.rank].data_ptr():
         out[axis.rank] = tensor[axis.rank]
-    return All(messages)
+    return axis.clocked(All(messages))
 
 
-def _exchange(tensor: Tensor, out: Tensor, axis: Axis, target: int, source: int) -> list[dist.Work]:
+def _exchange(tensor: Tensor, out: Tensor, axis: Axis, target: int, source: int) -> list[Handle]:
     """The receive comes first: gloo announces it on the connection that the sent bytes would hold up."""
     receive = dist.P2POp(dist.irecv, out, axis.ranks[source], axis.group)
     send = dist.P2POp(dist.isend, tensor, axis.ranks[target], axis.group)
-    return dist.batch_isend_irecv([receive, send])
+    return [_message(work, tensor, axis) for work in dist.batch_isend_irecv([receive, send])]
+
+
+def _message(work: dist.Work | None, tensor: Tensor, axis: Axis) -> GlooMessage | dist.Work:
+    """The handle of a message."""
+    assert work is not None
+    return work if tensor.is_cuda else GlooMessage(work, axis.ledger.clock)
 
 
 def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
@@ -199,7 +200,7 @@ def start_broadcast(tensor: Tensor, axis: Axis, source: int) -> Handle:
         return Done()
     axis.record("broadcast", _size_bytes(tensor) if axis.rank == source else 0)
     with _range("broadcast", axis):
-        return dist.broadcast(tensor, src=axis.ranks[source], group=axis.group, async_op=True)
+        return axis.clocked(dist.broadcast(tensor, src=axis.ranks[source], group=axis.group, async_op=True))
 
 
 def broadcast(tensor: Tensor, axis: Axis, source: int) -> Tensor:
@@ -208,24 +209,20 @@ def broadcast(tensor: Tensor, axis: Axis, source: int) -> Tensor:
     return tensor
 
 
-def start_send(tensor: Tensor, axis: Axis, peer: int, tag: int) -> dist.Work:
+def start_send(tensor: Tensor, axis: Axis, peer: int, tag: int) -> ClockedHandle:
     """Send to the member with index `peer`. Keep the handle and leave the tensor unchanged until it completes.
 
     Sends with gloo are rendezvous: they complete after the peer has posted its receive. NCCL ignores tags, so the messages of
     one direction between two members must be posted in the same order on both.
     """
     axis.record("send", _size_bytes(tensor))
-    work = dist.isend(tensor, dst=axis.ranks[peer], group=axis.group, tag=tag)
-    assert work is not None
-    return work
+    return axis.clocked(_message(dist.isend(tensor, dst=axis.ranks[peer], group=axis.group, tag=tag), tensor, axis))
 
 
-def start_receive(tensor: Tensor, axis: Axis, peer: int, tag: int) -> dist.Work:
+def start_receive(tensor: Tensor, axis: Axis, peer: int, tag: int) -> ClockedHandle:
     """Receive into `tensor` from the member with index `peer`."""
     axis.record("receive", 0)
-    work = dist.irecv(tensor, src=axis.ranks[peer], group=axis.group, tag=tag)
-    assert work is not None
-    return work
+    return axis.clocked(_message(dist.irecv(tensor, src=axis.ranks[peer], group=axis.group, tag=tag), tensor, axis))
 
 
 def start_exchange(tensor: Tensor, out: Tensor, axis: Axis, shift: int) -> Handle:
@@ -237,7 +234,17 @@ def start_exchange(tensor: Tensor, out: Tensor, axis: Axis, shift: int) -> Handl
     target, source = ((axis.rank + step) % axis.size for step in (-shift, shift))
     axis.record("exchange", _size_bytes(tensor))
     with _range("exchange", axis):
-        return All(_exchange(tensor, out, axis, target, source))
+        return axis.clocked(All(_exchange(tensor, out, axis, target, source)))
+
+
+def gather_objects(value: Any, axis: Axis) -> list[Any]:
+    """The members' values (small, of any type), in the order of the axis. Slow: for what happens once or hardly ever."""
+    if axis.size == 1:
+        return [value]
+    axis.record("all_gather", 0)
+    values: list[Any] = [None] * axis.size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from parallel.ledger import Ledger
 from parallel.topology import Coordinates, Topology
+from parallel.waiting import ClockedHandle, Handle
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Axis:
     def record(self, kind: str, sent_bytes: int) -> None:
         """Note a collective of this axis in the ledger."""
         self.ledger.record(kind, self.name, self.ranks, sent_bytes)
+
+    def clocked(self, handle: Handle) -> ClockedHandle:
+        """The handle of a collective of this axis, whose wait the ledger's clock measures."""
+        return ClockedHandle(handle, self.ledger.clock)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class ProcessGroups:
         for axis in [*axes, *self.replicas.values()]:
             if axis.group is not None:
                 _set_pg_timeout(timeout, axis.group)
+        self.ledger.clock.longest = timeout
 
 
 def build_groups(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from parallel.checkpoint.manifest import DamagedError
 from parallel.errors import CheckpointError, UserError
+from parallel.heartbeat import Heartbeat
 
 Result = TypeVar("Result")
 MAX_REPORT_BYTES = 4096  # of what one rank tells the others
@@ -66,10 +67,12 @@ class Readers:
 class GroupReaders(Readers):
     """The ranks of `group` (the default one where None); those with the same host name are a node.
 
-    Making one is a collective call. Nodes talk over gloo, so nothing is kept on a device.
+    Making one is a collective call. Nodes talk over gloo, so nothing is kept on a device. `heartbeat` shows who has come to
+    which call, and so for whom the others wait.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None):
+    def __init__(self, group: dist.ProcessGroup | None = None, heartbeat: Heartbeat | None = None):
+        self._heartbeat = heartbeat or Heartbeat()
         self._world = group if group is not None else dist.group.WORLD
         self.rank = dist.get_rank(self._world)
         on_device = dist.get_backend(self._world) == "nccl"
@@ -93,6 +96,7 @@ class GroupReaders(Readers):
             results.append(work())
         except Exception as found:  # a defect of ours, too: the others must not wait for this rank
             error = found
+        self._heartbeat.call("agreement", "world", tuple(dist.get_process_group_ranks(self._world)))
         failed = torch.zeros(dist.get_world_size(self._world), dtype=torch.int64, device=self._device)
         failed[self.rank] = error is not None
         dist.all_reduce(failed, group=self._world)
@@ -117,6 +121,7 @@ class GroupReaders(Readers):
 
     def node_sum(self, values: Tensor) -> Tensor:
         if self._node is not None:
+            self._heartbeat.call("all_reduce", "node", tuple(dist.get_process_group_ranks(self._node)))
             values = values.clone()
             dist.all_reduce(values, group=self._node)
         return values

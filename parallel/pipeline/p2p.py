@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from parallel.collectives import start_receive, start_send
@@ -22,6 +21,7 @@ from parallel.groups import ProcessGroups
 from parallel.pipeline.layout import Placement
 from parallel.pipeline.schedules import Action
 from parallel.pipeline.schedules.action import source_stage, target_stage
+from parallel.waiting import ClockedHandle
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Transfer(NamedTuple):
 
     message: Message
     buffer: Tensor
-    work: dist.Work
+    work: ClockedHandle
 
 
 def received(action: Action, rank: int, placement: Placement) -> Message | None:

@@ -68,7 +68,7 @@ class Sink:
     """Collects one parameter's gradient in its bucket's buffer (a `GradientSink`)."""
 
     def __init__(self, bucket: Bucket, parameter: ShardedParameter, offset: int) -> None:
-        self.bucket, self.offset, self.shape = bucket, offset, parameter.shape
+        self.bucket, self.parameter, self.offset, self.shape = bucket, parameter, offset, parameter.shape
         parameter.register_post_accumulate_grad_hook(self._fold)
 
     @property
@@ -77,6 +77,8 @@ class Sink:
         return self.bucket.main_grad[self.offset : self.offset + self.shape.numel()].view(self.shape)
 
     def ready(self) -> None:
+        if self.bucket.inspect is not None:
+            self.bucket.inspect(self.parameter)
         self.bucket.gradient_ready()
 
     def _fold(self, parameter: Tensor) -> None:
@@ -130,6 +132,7 @@ class Bucket:
         self._scatter: Scatter | None = None
         self._copies_sum: Handle | None = None
         self.gather: Handle | None = None  # of the weights' all-gather under way
+        self.inspect: Callable[[ShardedParameter], None] | None = None  # called before a gradient counts as ready
 
     def _lay_out(self) -> Tensor:
         """Move the parameters into one buffer [size], and give them their sinks."""

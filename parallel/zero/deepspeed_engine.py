@@ -23,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from parallel.collectives import all_reduce
-from parallel.groups import ProcessGroups
+from parallel.groups import Axis, ProcessGroups
+from parallel.replica_audit import Replicated, Rounded
 from parallel.shards import TensorBox
 from parallel.tensor.parameter import ShardedParameter
 from parallel.zero.boxes import state_boxes
 from parallel.zero.buckets import BucketClass
+from parallel.zero.copies import roundings, state_copies, weight_copies
 from parallel.zero.deepspeed_parts import (
     Bf16Parts,
     Partition,
@@ -39,7 +41,7 @@ from parallel.zero.deepspeed_parts import (
     sum_replicas_by_hook,
 )
 from parallel.zero.deepspeed_setup import DeepSpeedOptions, deepspeed_settings, own_folder, start_deepspeed
-from parallel.zero.engine import Capabilities, OptimizerSettings, StepInfo
+from parallel.zero.engine import Capabilities, Judge, OptimizerSettings, StepInfo, not_finite
 from parallel.zero.grad_norm import local_squared_norm, sum_replicas
 
 
@@ -127,16 +129,17 @@ class DeepSpeedZero:
         self._parts.take_gradients()
 
     @torch.no_grad()
-    def step(self, learning_rate: float, sums: Tensor) -> StepInfo:
+    def step(self, learning_rate: float, sums: Tensor, judge: Judge = not_finite) -> StepInfo:
         """Reduce what has not left yet, clip, update, and gather the weights.
 
         `sums` [n] fp64: the caller's values to add up over the world along with the squared norm. The update is masked where
-        the norm or a sum is not finite.
+        the `judge` of the step says so.
         """
         self.reduce_gradients()
         factor = self._parts.gradient_factor
         squared_norm = local_squared_norm(self.buckets, data_copies=1).to(sums.device) * factor**2
-        info = StepInfo(all_reduce(torch.cat([squared_norm[None], sums]), self.groups.world))
+        part = torch.cat([squared_norm[None], sums])
+        info = StepInfo(all_reduce(part.clone(), self.groups.world), part, judge)
         where = self.buckets[0].master.device  # on the host under offload, where torch's own copy would not be waited for
         excess = (info.norm / self.settings.clip_norm).clamp(min=1.0) if self.settings.clip_norm > 0 else 1.0
         self._base.grad_scale = torch.as_tensor(excess / factor, dtype=torch.float32, device=where)
@@ -147,6 +150,9 @@ class DeepSpeedZero:
         for partition in self.buckets:
             del partition.master_grad  # it may be a copy
         return info
+
+    def inspect_gradients(self, look: Callable[[ShardedParameter], None] | None) -> None:
+        """Nothing is called: from stage 2 on DeepSpeed collects the gradients."""
 
     def finish(self) -> None:
         """Nothing is under way after a step: DeepSpeed gathers the weights inside it."""
@@ -195,6 +201,25 @@ class DeepSpeedZero:
     def _boxes(self, write: bool, prefix: str, flat_of: Callable[[Partition], Tensor]) -> Iterator[TensorBox]:
         flats = (flat_of(partition).detach() for partition in self.buckets)
         return state_boxes(self.buckets, flats, prefix, (0, 1) if write else None)
+
+    def replicated(self) -> Iterator[Replicated]:
+        """What other ranks hold too: weights, unless they are sharded themselves, and the state of replicated segments."""
+        whole = self.settings.zero_stage < 3
+        if whole:
+            yield from weight_copies((p for partition in self.buckets for p in partition.parameters), self.groups)
+        alone = Axis.single("copies")
+        for partition in self.buckets:
+            flats = {} if whole else {"weights": partition.local_weights}
+            flats |= {"master": partition.master, **self._base.state[partition.master]}
+            for kind, flat in flats.items():
+                if flat.numel() == partition.local_weights.numel():  # not a count of steps, nor in a file
+                    yield from state_copies(kind, partition, flat, self.groups, alone)
+
+    def rounded(self) -> Iterator[Rounded]:
+        """The weights of this rank's partitions and the fp32 masters that they are made from, where these are in memory."""
+        for partition in self.buckets:
+            if partition.master.numel() == partition.local_weights.numel():
+                yield from roundings(partition, partition.local_weights, partition.master)
 
     @torch.no_grad()
     def load(self, fill: Callable[[Iterable[TensorBox]], object]) -> None:

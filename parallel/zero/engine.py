@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from parallel.collectives import Done, Handle
+from parallel.replica_audit import Replicated, Rounded
 from parallel.shards import TensorBox
+from parallel.tensor.parameter import ShardedParameter
 from parallel.zero.loss_scale import LossScale
 
 
@@ -51,9 +54,17 @@ class Capabilities:
     overlap: bool
 
 
+def not_finite(info: StepInfo) -> Tensor:
+    """Whether the norm or a sum of a step is not finite (device scalar)."""
+    return ~info.is_finite
+
+
+Judge = Callable[["StepInfo"], Tensor]  # says on the device whether a step's update is to be masked; alike on all ranks
+
+
 @dataclass(frozen=True)
 class StepInfo:
-    """What the world knows of one step: `totals` [1 + n] fp64, the squared norm and the caller's sums.
+    """What the world knows of one step: `totals` [1 + n] fp64, the squared norm and the caller's sums; this rank's own `part`.
 
     The squared norm is that of gradients that bear the `loss_scale` (fp16; a device scalar). The totals may be read after
     `arrival.wait()`, which the properties (device scalars) call. Where there is a `stream`, they are read on it: the current
@@ -61,22 +72,30 @@ class StepInfo:
     """
 
     totals: Tensor
+    part: Tensor
+    judge: Judge = not_finite
     arrival: Handle = Done()
     stream: torch.cuda.Stream | None = None
     loss_scale: Tensor | None = None
 
-    @property
+    @cached_property
     def norm(self) -> Tensor:
         """The gradient norm before clipping, without the loss scale."""
         self.arrival.wait()
         norm = self.totals[0].sqrt()
         return norm if self.loss_scale is None else norm / self.loss_scale
 
-    @property
-    def skipped(self) -> Tensor:
-        """1.0 where the update was masked because the norm or a sum was not finite."""
+    @cached_property
+    def is_finite(self) -> Tensor:
+        """Whether the norm and all sums are finite."""
         self.arrival.wait()
-        return 1.0 - torch.isfinite(self.totals).all().float()
+        return torch.isfinite(self.totals).all()
+
+    @cached_property
+    def skipped(self) -> Tensor:
+        """1.0 where the update was masked, as the judge has said."""
+        self.arrival.wait()
+        return self.judge(self).float()
 
     @property
     def sums(self) -> Tensor:
@@ -109,11 +128,18 @@ class Engine(Protocol):
     def expect_passes(self, count: int) -> None:
         """Every chunk makes the gradients of `count` backward passes in this step."""
 
-    def step(self, learning_rate: float, sums: Tensor) -> StepInfo:
+    def step(self, learning_rate: float, sums: Tensor, judge: Judge = not_finite) -> StepInfo:
         """Reduce what has not left yet, clip, update, and send the weights on their way.
 
         `sums` [n] fp64: the caller's values to add up over the world along with the squared norm. The update is masked where
-        the norm or a sum is not finite.
+        the `judge` of the step says so.
+        """
+
+    def inspect_gradients(self, look: Callable[[ShardedParameter], None] | None) -> None:
+        """From now on call `look` with each parameter whose gradient has got a part; None: no more.
+
+        That is before any rank's gradients are mixed with another's. Engines that leave it to others to collect gradients
+        call nothing.
         """
 
     def finish(self) -> None:
@@ -124,6 +150,12 @@ class Engine(Protocol):
 
     def optimizer_boxes(self, write: bool) -> Iterator[TensorBox]:
         """The optimizer's moments likewise, named `exp_avg/NAME` and `exp_avg_sq/NAME`."""
+
+    def replicated(self) -> Iterator[Replicated]:
+        """What other ranks hold too, bit for bit, after `finish`."""
+
+    def rounded(self) -> Iterator[Rounded]:
+        """Weights whose fp32 masters this rank holds too."""
 
     def load(self, fill: Callable[[Iterable[TensorBox]], object]) -> None:
         """Let `fill` write the boxes of this rank's weights and moments; then bring the model in line, on every rank.

@@ -22,12 +22,16 @@ class LossScale:
         self.value = torch.full((), initial, dtype=torch.float32, device=device)
         self._finite_steps = torch.zeros((), dtype=torch.float32, device=device)
 
-    def update(self, skipped: Tensor) -> None:
-        """Take note of a step; `skipped` is 1 where it was not finite (device scalar)."""
-        self._finite_steps = (self._finite_steps + 1.0) * (1.0 - skipped)
+    def update(self, norm: Tensor, skipped: Tensor) -> None:
+        """Take note of a step by its gradient norm; `skipped` is 1 where it was not applied, for that or another reason.
+
+        What is not finite at the smallest scale changes nothing, so that the step may be run again.
+        """
+        overflows = (~torch.isfinite(norm) & (self.value > SMALLEST)).float()
+        self._finite_steps = (self._finite_steps + 1.0 - skipped) * (1.0 - overflows)
         grows = (self._finite_steps == self.window).float()
         self._finite_steps *= 1.0 - grows
-        self.value = (self.value * (1.0 + grows) * (1.0 - 0.5 * skipped)).clamp(min=SMALLEST)
+        self.value = (self.value * (1.0 + grows) * (1.0 - 0.5 * overflows)).clamp(min=SMALLEST)
 
     @property
     def state(self) -> dict[str, float]:

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from parallel.collectives import all_reduce
 from parallel.groups import Axis, ProcessGroups
 from parallel.kernels.table import Kernels, resolve_kernels
+from parallel.replica_audit import Replicated, Rounded
 from parallel.shards import TensorBox
 from parallel.tensor.parameter import ShardedParameter
 from parallel.zero.boxes import state_boxes
 from parallel.zero.buckets import Bucket, Sharding, make_buckets
-from parallel.zero.engine import Capabilities, OptimizerSettings, StepInfo
+from parallel.zero.copies import roundings, state_copies, weight_copies
+from parallel.zero.engine import Capabilities, Judge, OptimizerSettings, StepInfo, not_finite
 from parallel.zero.grad_norm import local_squared_norm, sum_replicas
 from parallel.zero.traffic import REDUCTIONS_UNDER_WAY, Gathers, Reductions
-from parallel.zero.update import ShardedUpdate
+from parallel.zero.update import MASTER, ShardedUpdate
 
 
 class NativeZero:
@@ -103,16 +105,17 @@ class NativeZero:
         self._reductions.finish()
 
     @torch.no_grad()
-    def step(self, learning_rate: float, sums: Tensor) -> StepInfo:
+    def step(self, learning_rate: float, sums: Tensor, judge: Judge = not_finite) -> StepInfo:
         """Reduce what has not left yet, clip, update, and send the weights on their way.
 
         `sums` [n] fp64: the caller's values to add up over the world along with the squared norm, in the same message. The
-        update is masked on the device where the norm or a sum is not finite; the count of Adam's steps stands still then.
+        update is masked on the device where the `judge` of the step says so; the count of Adam's steps stands still then.
         """
         self.reduce_gradients()
         self._gathers.finish()  # of weights that no forward pass has used
         scale = None if self.loss_scale is None else self.loss_scale.value
-        info = StepInfo(all_reduce(self._local_totals(sums), self.groups.world), loss_scale=scale)
+        part = self._local_totals(sums)
+        info = StepInfo(all_reduce(part.clone(), self.groups.world), part, judge, loss_scale=scale)
         self.update.apply(learning_rate, info.norm, info.skipped)
         self._start_gathers()
         return info
@@ -127,6 +130,11 @@ class NativeZero:
         self._gathers.start()
         if not self.settings.overlap:
             self._gathers.finish()
+
+    def inspect_gradients(self, look: Callable[[ShardedParameter], None] | None) -> None:
+        """From now on call `look` with each parameter whose gradient has got a part; None: no more."""
+        for bucket in self.buckets:
+            bucket.inspect = look
 
     def finish(self) -> None:
         """Wait for the gathers under way: before evaluating, saving or leaving."""
@@ -170,6 +178,19 @@ class NativeZero:
     def _boxes(self, write: bool, prefix: str, flats: Iterable[Tensor]) -> Iterator[TensorBox]:
         copies = self.copies_axis
         return state_boxes(self.buckets, flats, prefix, (copies.rank, copies.size) if write else None)
+
+    def replicated(self) -> Iterator[Replicated]:
+        """What other ranks hold too, after `finish`: all weights, and the state of shards and segments that have copies."""
+        parameters = (parameter for bucket in self.buckets for parameter in bucket.parameters)
+        yield from weight_copies(parameters, self.groups)
+        for kind, bucket, flat in self.update.kept():
+            yield from state_copies(kind, bucket, flat, self.groups, self.copies_axis)
+
+    def rounded(self) -> Iterator[Rounded]:
+        """The weights of this rank's shards and the fp32 masters that they are made from, where these are kept whole."""
+        for kind, bucket, flat in self.update.kept():
+            if kind == MASTER and flat.dtype == torch.float32:
+                yield from roundings(bucket, bucket.local_weights, flat)
 
     @torch.no_grad()
     def load(self, fill: Callable[[Iterable[TensorBox]], object]) -> None:

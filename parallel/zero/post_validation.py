@@ -21,7 +21,7 @@ from parallel.collectives import Done, Handle, all_reduce, broadcast, start_broa
 from parallel.groups import ProcessGroups
 from parallel.host_copy import HostCopy
 from parallel.kernels.table import Kernels
-from parallel.zero.engine import OptimizerSettings, StepInfo
+from parallel.zero.engine import Judge, OptimizerSettings, StepInfo, not_finite
 from parallel.zero.native import NativeZero
 
 
@@ -73,7 +73,7 @@ class PostValidatedZero(NativeZero):
             super().begin_step()
 
     @torch.no_grad()
-    def step(self, learning_rate: float, sums: Tensor) -> StepInfo:
+    def step(self, learning_rate: float, sums: Tensor, judge: Judge = not_finite) -> StepInfo:
         """As `NativeZero.step`, but waits for no other pipeline rank than the one before, which has ended its step already.
 
         The weights are wrong until validated where the gradients should have been clipped, or the step skipped.
@@ -81,7 +81,8 @@ class PostValidatedZero(NativeZero):
         assert self._update_to_validate is None, "the last update was not validated"
         self.reduce_gradients()
         self._gathers.finish()
-        stage_totals = all_reduce(all_reduce(self._local_totals(sums), self.groups.data), self.groups.tp)
+        part = self._local_totals(sums)
+        stage_totals = all_reduce(all_reduce(part.clone(), self.groups.data), self.groups.tp)
         for kept, tensor in zip(self._kept, self._state, strict=True):
             kept.copy_(tensor)
         zero = torch.zeros((), device=self._device)
@@ -90,10 +91,10 @@ class PostValidatedZero(NativeZero):
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):  # (None changes nothing)
-            self._update_to_validate = self._relay(stage_totals, learning_rate)
+            self._update_to_validate = self._relay(stage_totals, part, judge, learning_rate)
         return self._update_to_validate.info
 
-    def _relay(self, stage_totals: Tensor, learning_rate: float) -> SpeculativeUpdate:
+    def _relay(self, stage_totals: Tensor, part: Tensor, judge: Judge, learning_rate: float) -> SpeculativeUpdate:
         """Send the totals over all stages on their way: each rank adds its own to the sum of those before it.
 
         The messages go along lanes that have been read to the end of the step on both sides, so nothing gets between.
@@ -107,7 +108,7 @@ class PostValidatedZero(NativeZero):
         if rank < last:
             sent = start_send(so_far, groups.lane("F", rank, rank + 1), rank + 1, tag=0)
         totals = so_far.clone()
-        info = StepInfo(totals, start_broadcast(totals, groups.pp_backward, source=last), self._stream)
+        info = StepInfo(totals, part, judge, start_broadcast(totals, groups.pp_backward, source=last), self._stream)
         host = HostCopy(lambda: torch.stack([info.norm, info.skipped.double()]), self._device, self._stream)
         return SpeculativeUpdate(learning_rate, info, host, (stage_totals, so_far), sent)
 

@@ -65,6 +65,14 @@ class ShardedUpdate:
         storages = [storage for shard in self.shards for storage in shard.kinds.values()]
         return [self._step, *(tensor for storage in storages for tensor in storage.tensors())]
 
+    def kept(self) -> Iterator[tuple[str, Bucket, Tensor]]:
+        """All flat tensors beside the model's weights, each with its kind, "master" or a moment, and its bucket."""
+        for shard in self.shards:
+            for kind, storage in shard.kinds.items():
+                for tensor in storage.tensors():
+                    if tensor is not shard.bucket.local_weights:
+                        yield kind, shard.bucket, tensor
+
     @property
     def state_bytes(self) -> int:
         """Masters, as far as they are not the weights themselves, and moments."""
@@ -93,8 +101,8 @@ class ShardedUpdate:
     def apply(self, learning_rate: float, norm: Tensor, skipped: Tensor) -> None:
         """Update masters and moments by the buckets' reduced gradients, clipped by their `norm`, and write the model's weights.
 
-        The gradients bear the loss scale, `norm` does not. Where `skipped` is 1 nothing changes but the scale (device scalars
-        both).
+        The gradients bear the loss scale, `norm` does not. Where `skipped` is 1 nothing changes but the scale, and that only
+        if the norm is not finite (device scalars both).
         """
         grad_scale = torch.ones_like(self._step) if self.loss_scale is None else self.loss_scale.value
         if self.settings.clip_norm > 0:
@@ -105,7 +113,7 @@ class ShardedUpdate:
             for parts in _batches(shards):
                 self._apply(parts, decay, learning_rate, grad_scale, skipped)
         if self.loss_scale is not None:
-            self.loss_scale.update(skipped)
+            self.loss_scale.update(norm, skipped)
 
     def _apply(
         self,

@@ -74,7 +74,7 @@ def assert_same_run(found: Path, expected: Path, last_step: int = STEPS) -> None
 
 def test_run_directory(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
-        *("config.toml", "metrics.jsonl", "tensorboard", "logs", "checkpoints", "tokenizer.model"),
+        *("config.toml", "metrics.jsonl", "tensorboard", "logs", "checkpoints", "tokenizer.model", "running.lock"),
     }
     assert [path.name for path in (run / "logs").iterdir()] == ["rank-00000.log"]
     assert steps_in(run) == [2, 4, 6]
@@ -269,7 +269,8 @@ def test_keep_leaves_the_newest(workplace: Path) -> None:
 
 def test_position_and_settings_are_in_the_checkpoint(run: Path) -> None:
     state = read_manifest(run / "checkpoints/step_00000004").state
-    assert state["position"] == {"step": 4, "samples": 4 * BATCH_SIZE, "tokens": 4 * TOKENS_PER_STEP}
+    samples = {"samples": 4 * BATCH_SIZE, "skipped_samples": []}
+    assert state["position"] == {"step": 4, "tokens": 4 * TOKENS_PER_STEP, **samples}
     assert state["config"]["model"]["hidden_size"] == 32 and state["optimizer_steps"] == 4
     assert state["code"].startswith(megatron_llama.__version__)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.collectives import all_reduce
+from parallel.collectives import all_reduce, contact_kept, reduce_scatter, start_receive, start_send
+from parallel.errors import LostContactError
 from parallel.groups import Axis, build_groups
 from parallel.topology import Topology
 from tests.parallel.building import grid
@@ -97,14 +98,23 @@ def test_a_single_axis():
     assert (axis.rank, axis.size, axis.ranks, axis.group) == (0, 1, (5,), None)
 
 
-def wait_for_a_rank_that_is_late(rank, world_size):
+WAITS = {
+    "all-reduce": lambda axis: all_reduce(torch.zeros(1), axis),
+    "reduce-scatter": lambda axis: reduce_scatter(torch.zeros(2), axis),  # messages, over gloo
+    "send": lambda axis: start_send(torch.zeros(1), axis, 1, tag=0).wait(),
+    "receive": lambda axis: start_receive(torch.zeros(1), axis, 1, tag=0).wait(),
+}
+
+
+def wait_for_a_rank_that_is_late(rank, world_size, wait):
     groups = grid(rank, tp=world_size)
     groups.set_timeout(timedelta(seconds=1))
     if rank == 0:
-        with pytest.raises(RuntimeError, match="[Tt]imed out waiting 1000ms"):
-            all_reduce(torch.zeros(1), groups.tp)
+        with pytest.raises(LostContactError, match="[Tt]imed out waiting"), contact_kept(groups.world):
+            WAITS[wait](groups.tp)
     dist.barrier()  # of all ranks, which is not among the axes
 
 
-def test_how_long_ranks_wait_for_each_other_may_change():
-    run_ranks(2, wait_for_a_rank_that_is_late)
+@pytest.mark.parametrize("wait", WAITS)
+def test_how_long_ranks_wait_for_each_other_may_change(wait):
+    run_ranks(2, wait_for_a_rank_that_is_late, wait, deadline_seconds=20)

@@ -39,7 +39,7 @@ def differences(case: Case, outcomes: list[Outcome]) -> list[str]:
     Losses and norms must be equal on every rank, and all copies of a logical tensor bit-equal.
     """
     expected, first = reference(case), outcomes[0]
-    broken = []
+    broken = list(first.unequal_copies)
     if any(o.losses != first.losses or o.norms != first.norms for o in outcomes):
         broken.append("ranks disagree on losses or norms")
     low = case.train.dtype != "fp32"
@@ -70,7 +70,7 @@ def differences(case: Case, outcomes: list[Outcome]) -> list[str]:
 
 def inexact(outcomes: list[Outcome], expected: list[Outcome]) -> list[str]:
     """Every loss, gradient and weight that is not bit-equal."""
-    broken = []
+    broken = list(outcomes[0].unequal_copies)
     if outcomes[0].losses != expected[0].losses:
         broken.append(f"losses {outcomes[0].losses} and {expected[0].losses}")
     for what in ("gradients", "weights"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_llama.config import ZeroConfig
+from parallel.zero.engine import Judge
 from tests.parity.comparison import BF16_LOSS_TOLERANCE, LOSS_TOLERANCE, differences, reference, relative
 from tests.parity.test_parity import ODD_VOCABULARY, ONE_KV_HEAD, SGD, SHALLOW, SMALL_BATCH, TIED, layout
 from tests.parity.test_resume import assert_same_state, check_pair, resume, train_and_save
@@ -121,9 +122,9 @@ def train_with_a_bad_step(rank: int, world_size: int, case: Case, steps: tuple[i
         if bad == "gradient" and len(session.outcome.losses) == 1 and rank == world_size - 1:
             session.engine.buckets[0].master_grad[3] = float("inf")
 
-    def poisoned_step(rate: float, sums: torch.Tensor):
+    def poisoned_step(rate: float, sums: torch.Tensor, judge: Judge):
         poison = bad == "sum" and len(session.outcome.losses) == 1 and rank == world_size - 1
-        return step(rate, sums * float("nan") if poison else sums)
+        return step(rate, sums * float("nan") if poison else sums, judge)
 
     session.engine._parts.take_gradients, session.engine.step = poisoned_take, poisoned_step
     for number in steps:

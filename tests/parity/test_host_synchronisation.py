@@ -113,9 +113,9 @@ PLANTED = {
 def test_a_planted_question_is_found(question: str, monkeypatch) -> None:
     step = NativeZero.step
 
-    def asking_step(engine, learning_rate, sums):
+    def asking_step(engine, learning_rate, sums, judge):
         PLANTED[question](sums)
-        return step(engine, learning_rate, sums)
+        return step(engine, learning_rate, sums, judge)
 
     monkeypatch.setattr(NativeZero, "step", asking_step)
     assert len(run_ranks(1, reads_of_a_step, ALONE)[0]) == 1

@@ -27,6 +27,7 @@ from megatron_llama.data.loader import Loader, MicroBatch
 from megatron_llama.data.samples import Source
 from megatron_llama.runtime import Runtime, build_runtime
 from megatron_llama.step import TrainStep, make_engine
+from parallel.replica_audit import audit
 from parallel.shards import TensorBox
 from parallel.zero.engine import Engine
 
@@ -78,6 +79,7 @@ class Outcome:
     gradients: list[TensorBox] = field(default_factory=list)  # of step 0
     weights: list[TensorBox] = field(default_factory=list)  # after the last step
     optimizer: list[TensorBox] = field(default_factory=list)  # after the last step
+    unequal_copies: list[str] = field(default_factory=list)  # what the audit of replicas has found after the last step
     sent_bytes: dict = field(default_factory=dict)  # of the last step
     peak_in_flight: int = 0
     predicted_peak: int = 0
@@ -184,6 +186,9 @@ class Session:
         self.outcome.optimizer = copies(self.engine.optimizer_boxes(write=False))
         self.outcome.peak_in_flight = self.step_runner.executor.peak_in_flight
         check_published(self.runtime, self.engine)
+        world = self.runtime.groups.world
+        found = audit(self.engine.replicated(), self.engine.rounded(), world, self.runtime.device)
+        self.outcome.unequal_copies = list(map(str, found.findings))
         return self.outcome
 
 

@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 def after(steps, scale):
     values = []
     for finite in steps:
-        scale.update(torch.tensor(0.0 if finite else 1.0))
+        scale.update(torch.tensor(1.0 if finite else torch.inf), torch.tensor(0.0 if finite else 1.0))
         values.append(scale.value.item())
     return values
 
@@ -31,6 +31,17 @@ def test_it_does_not_fall_for_ever():
     assert after([False] * 4, LossScale(4.0, 10, CPU)) == [2.0, 1.0, SMALLEST, SMALLEST]
 
 
+def test_what_is_void_for_another_reason_changes_nothing():
+    """Nor does what is not finite at the smallest scale, which is no matter of the scale: the step may be run again."""
+    scale = LossScale(1.0, 2, CPU)
+    assert after([True], scale) == [1.0]
+    state = scale.state
+    scale.update(torch.tensor(1.0), torch.tensor(1.0))
+    scale.update(torch.tensor(torch.nan), torch.tensor(1.0))
+    assert scale.state == state
+    assert after([True], scale) == [2.0]
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_resumed_one_goes_on_with_its_count(cut):
     steps = [True, True, True, False, True, True]
@@ -44,5 +55,5 @@ def test_the_value_of_a_step_is_not_changed_by_the_next():
     """A step's numbers are read while the next one runs."""
     scale = LossScale(8.0, 1, CPU)
     before = scale.value
-    scale.update(torch.tensor(0.0))
+    scale.update(torch.tensor(1.0), torch.tensor(0.0))
     assert before.item() == 8.0 and scale.value.item() == 16.0
