@@ -10,6 +10,7 @@ PACKAGES = [
     "megatron_llama.doctor",
     "megatron_llama.interop",
     "megatron_llama.model",
+    "megatron_llama.plan",
     "parallel",
     "parallel.checkpoint",
     "parallel.kernels",
@@ -75,6 +76,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=PACKAGES,
+    package_data={"megatron_llama.plan": ["published_runs.json", "hardware/*.toml"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
 )
