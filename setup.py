@@ -6,11 +6,14 @@ from setuptools import setup
 
 PACKAGES = [
     "megatron_llama",
+    "megatron_llama.config",
     "megatron_llama.data",
     "megatron_llama.doctor",
     "megatron_llama.interop",
     "megatron_llama.model",
     "megatron_llama.plan",
+    "megatron_llama.supervision",
+    "megatron_llama.watching",
     "parallel",
     "parallel.checkpoint",
     "parallel.kernels",

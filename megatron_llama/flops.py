@@ -17,7 +17,7 @@ The embedding look-up and element-wise work count nothing.
 import re
 from typing import Literal
 
-from megatron_llama.config_sections import ModelConfig
+from megatron_llama.config.sections import ModelConfig
 
 TERA = 1e12
 

@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_llama.config_sections import OptimizerConfig
+from megatron_llama.config.sections import OptimizerConfig
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, total_steps: int) -> float:

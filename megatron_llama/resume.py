@@ -13,7 +13,7 @@ from megatron_llama.config import RunConfig, checkpoint_directory
 from megatron_llama.program import LOGGER
 from megatron_llama.runtime import Runtime
 from megatron_llama.state import Position, fresh_position, load_state, start_from_weights, voter
-from megatron_llama.watch import Watch
+from megatron_llama.watching.watch import Watch
 from parallel.checkpoint.manifest import DamagedError
 from parallel.checkpoint.readers import GroupReaders, Readers
 from parallel.checkpoint.recovery import confirm_damage, newest_good_step, quarantine

@@ -13,7 +13,7 @@ from megatron_llama.config import checkpoint_directory, saves_in_background
 from megatron_llama.program import LOGGER, say
 from megatron_llama.runtime import Runtime
 from megatron_llama.state import Position, save_state, start_save, voter
-from megatron_llama.watch import Watch
+from megatron_llama.watching.watch import Watch
 from parallel.checkpoint.background import BackgroundSaver, Outcome, Progress
 from parallel.checkpoint.save import FailedElsewhere, remove_unfinished
 from parallel.checkpoint.steps import step_directory

@@ -15,7 +15,7 @@ from megatron_llama.code_version import code_version
 from megatron_llama.config import ModelConfig, RunConfig, checkpoint_directory, from_dict, to_dict, tokens_per_step
 from megatron_llama.interop.stored_model import logical_shapes
 from megatron_llama.runtime import Runtime
-from megatron_llama.watch import Watch
+from megatron_llama.watching.watch import Watch
 from parallel.checkpoint.background import BackgroundSaver
 from parallel.checkpoint.load import load_tensors
 from parallel.checkpoint.manifest import Manifest, read_manifest

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_llama.config import RunConfig
-from megatron_llama.config_rules_zero import further_settings
+from megatron_llama.config.rules_zero import further_settings
 from megatron_llama.data.loader import MicroBatch, target_count
 from megatron_llama.pipeline_plan import stage_costs
 from megatron_llama.runtime import DTYPES, Runtime
 from megatron_llama.verdict import NO_SUMS, HostSums
-from megatron_llama.watch import Watch
+from megatron_llama.watching.watch import Watch
 from parallel.collectives import Handle, start_all_reduce
 from parallel.errors import ConfigError
 from parallel.graphs import CudaGraphs, MicroBatchGraphs

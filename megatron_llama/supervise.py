@@ -26,14 +26,14 @@ import torch.distributed as dist
 
 from megatron_llama import train
 from megatron_llama.config import RunConfig, checkpoint_directory, load_config
-from megatron_llama.event_log import EventLog
-from megatron_llama.incident import Incident, write_report
-from megatron_llama.lead import Lead
 from megatron_llama.program import LOST, STOPPED, asks_for_help, command_line, run_program
 from megatron_llama.progress import format_duration
-from megatron_llama.rank_processes import PASSED_ON, RankProcesses
-from megatron_llama.roster import Outcome, Plan, Roster
-from megatron_llama.supervisors import LOOK_SECONDS, NEVER_AGAIN, Supervisors, joint_code
+from megatron_llama.supervision.event_log import EventLog
+from megatron_llama.supervision.incident import Incident, write_report
+from megatron_llama.supervision.lead import Lead
+from megatron_llama.supervision.rank_processes import PASSED_ON, RankProcesses
+from megatron_llama.supervision.roster import Outcome, Plan, Roster
+from megatron_llama.supervision.supervisors import LOOK_SECONDS, NEVER_AGAIN, Supervisors, joint_code
 from parallel import launch as launching
 from parallel.checkpoint.steps import committed_steps
 from parallel.errors import ConfigError, LaunchError, LostContactError

@@ -27,7 +27,7 @@ from megatron_llama.config import (
     total_steps,
     validate,
 )
-from megatron_llama.config_rules_memory import float8_advice
+from megatron_llama.config.rules_memory import float8_advice
 from megatron_llama.data.held_out import HeldOutSource, open_held_out
 from megatron_llama.data.mixture import table_lines
 from megatron_llama.data.training_data import TrainingData
@@ -45,7 +45,7 @@ from megatron_llama.state import TOKENIZER_FILE, Position
 from megatron_llama.step import TrainStep, make_engine
 from megatron_llama.tokenizer import Tokenizer
 from megatron_llama.trainer import Trainer
-from megatron_llama.watch import Watch
+from megatron_llama.watching.watch import Watch
 from parallel import launch as launching
 from parallel.collectives import contact_kept
 from parallel.errors import ConfigError

@@ -14,18 +14,18 @@ from megatron_llama.config import RunConfig, tokens_per_step, total_steps
 from megatron_llama.data.loader import Loader, Prefetcher
 from megatron_llama.evaluate import Evaluator
 from megatron_llama.flops import dense_peak_flops, model_flops, model_flops_utilization
-from megatron_llama.integrity import check_replicas
 from megatron_llama.lr_schedule import learning_rate
 from megatron_llama.metrics import MetricsWriter, StepRecord
 from megatron_llama.program import LOGGER
 from megatron_llama.progress import Progress
-from megatron_llama.remedies import Remedies
 from megatron_llama.saving import Saver
 from megatron_llama.state import Position
 from megatron_llama.step import Batch, TrainStep
-from megatron_llama.stragglers import Stragglers
 from megatron_llama.tracing import StepTracer
 from megatron_llama.verdict import HostSums, Moment, StepNumbers, Verdict
+from megatron_llama.watching.integrity import check_replicas
+from megatron_llama.watching.remedies import Remedies
+from megatron_llama.watching.stragglers import Stragglers
 from parallel.zero.engine import Engine
 
 SAVED_BY_STOP = (signal.SIGTERM, signal.SIGUSR1)

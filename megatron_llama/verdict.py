@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_llama.state import Position
-from megatron_llama.watch import Statistics
+from megatron_llama.watching.watch import Statistics
 from parallel.checkpoint.background import Progress
 from parallel.host_copy import HostCopy
 from parallel.zero.engine import StepInfo

@@ -24,8 +24,8 @@ from megatron_llama.config import (
     validate_layout,
     validate_model,
 )
+from megatron_llama.config.presets import preset_layer, preset_names
 from megatron_llama.data.loader import MicroBatch
-from megatron_llama.presets import preset_layer, preset_names
 from megatron_llama.runtime import DTYPES, Runtime, build_runtime
 from megatron_llama.step import TrainStep, make_engine
 from parallel.tensor.linear import ColumnParallelLinear, RowParallelLinear

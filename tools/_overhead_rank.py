@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llama import train, trainer
-from megatron_llama.stragglers import Stragglers
 from megatron_llama.verdict import Verdict
-from megatron_llama.watch import Statistics, Watch
+from megatron_llama.watching.stragglers import Stragglers
+from megatron_llama.watching.watch import Statistics, Watch
 from parallel.heartbeat import Heartbeat, beat_path, read
 from parallel.launch import Launch
 

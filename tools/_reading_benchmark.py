@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from _measuring import Report
 
-from megatron_llama.config_sections import DataConfig, DataSource
+from megatron_llama.config.sections import DataConfig, DataSource
 from megatron_llama.data.blend import Blend, build_blend
 from megatron_llama.data.indexed import HEADER, MAGIC, IndexedDataset
 from megatron_llama.data.loader import Loader

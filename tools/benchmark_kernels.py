@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_llama.config import ModelConfig
-from megatron_llama.presets import preset_layer, preset_names
+from megatron_llama.config.presets import preset_layer, preset_names
 from parallel.groups import Axis
 from parallel.kernels.providers import Kernel, Workload
 from parallel.kernels.self_test import Numbers

@@ -47,9 +47,9 @@ try:
 
     from megatron_llama.config import WatchConfig
     from megatron_llama.data.indexed import IndexedDatasetWriter
-    from megatron_llama.rank_processes import RankProcesses
     from megatron_llama.supervise import SHARED_MEMORY
-    from megatron_llama.supervisors import free_port
+    from megatron_llama.supervision.rank_processes import RankProcesses
+    from megatron_llama.supervision.supervisors import free_port
     from parallel.heartbeat import Heartbeat, beat_path
     from parallel.launch import Launch
     from parallel.launchers import MeetingPoint

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from megatron_llama.config_sections import DataConfig
+from megatron_llama.config.sections import DataConfig
 from megatron_llama.data.blend import Blend, check_entries
 from megatron_llama.data.indexed import IndexedDataset
 from megatron_llama.data.megatron_order import MegatronBlend

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_llama.config import ParallelConfig, RunConfig, ZeroConfig, validate_layout, validate_model
-from megatron_llama.config_rules import WAITING
+from megatron_llama.config.rules import WAITING
 from megatron_llama.plan.configured import Prediction, predict
 from megatron_llama.plan.hardware import Hardware
 from megatron_llama.plan.memory import gib

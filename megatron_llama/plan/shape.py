@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_llama.config_sections import ModelConfig
+from megatron_llama.config.sections import ModelConfig
 from megatron_llama.flops import flops_per_token, layer_parameter_count
 from megatron_llama.plan.job import Shape
 

@@ -9,9 +9,9 @@ from tests.faults.campaign import FIRST_TIMEOUT, LEAST_TIMEOUT, Result
 from tests.faults.matrix import ROWS
 
 ELSEWHERE = {
-    "F6": "that a slow rank is named: `tests/megatron_llama/test_stragglers.py`",
-    "F11": "gradients that are not finite: `tests/megatron_llama/test_watch.py`",
-    "F12": "loss spikes: `tests/megatron_llama/test_watch.py`",
+    "F6": "that a slow rank is named: `tests/megatron_llama/watching/test_stragglers.py`",
+    "F11": "gradients that are not finite: `tests/megatron_llama/watching/test_watch.py`",
+    "F12": "loss spikes: `tests/megatron_llama/watching/test_watch.py`",
     "F16": "two jobs in one directory, stale locks: `tests/megatron_llama/test_run_lock.py`",
     "F18": "hostile files: `tests/parallel/checkpoint/test_damage.py`, `tests/megatron_llama/interop`",
     "F21": "the order of fsync and rename: `tests/parallel/checkpoint/test_save.py`",

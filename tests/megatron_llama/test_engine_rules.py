@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llama.config import load_config
-from megatron_llama.config_rules_zero import deepspeed_file, engine_supports, further_settings
+from megatron_llama.config.rules_zero import deepspeed_file, engine_supports, further_settings
 from parallel.errors import ConfigError
 from parallel.zero.support import FEATURES, REFUSALS
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_llama.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_llama.config.presets import preset_layer
 from megatron_llama.data.loader import MicroBatch
 from megatron_llama.flops import model_flops
 from megatron_llama.pipeline_plan import (
@@ -20,7 +21,6 @@ from megatron_llama.pipeline_plan import (
     stage_costs,
     stage_layers,
 )
-from megatron_llama.presets import preset_layer
 from megatron_llama.runtime import build_runtime
 from parallel.errors import ConfigError
 from parallel.pipeline.layout import Placement

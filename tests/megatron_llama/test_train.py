@@ -18,7 +18,7 @@ import torch
 
 import megatron_llama
 from megatron_llama.config import help_text, load_config
-from megatron_llama.config_file import SECTIONS
+from megatron_llama.config.file import SECTIONS
 from megatron_llama.data.blend import build_blend
 from megatron_llama.step import TrainStep
 from parallel.checkpoint import save

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_llama import reshard
 from megatron_llama.checkpoint_plan import CheckpointPlan
 from megatron_llama.config import ModelConfig, ParallelConfig, RunConfig, ZeroConfig, to_dict, validate_layout, validate_model
-from megatron_llama.config_rules_zero import engine_supports
+from megatron_llama.config.rules_zero import engine_supports
 from megatron_llama.interop.stored_model import MOMENTS, logical_shapes
 from megatron_llama.pipeline_plan import settle_schedule
 from megatron_llama.reshard import Resharding

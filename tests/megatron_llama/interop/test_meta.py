@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llama.config import ModelConfig
+from megatron_llama.config.presets import PRESETS
 from megatron_llama.interop import meta
 from megatron_llama.interop.formats import convert, open_stored
 from megatron_llama.interop.meta_params import feed_forward_size, read_params, write_params
 from megatron_llama.interop.stored_model import Options, StoredModel
-from megatron_llama.presets import PRESETS
 from parallel.errors import CheckpointError, ConfigError
 from tests.megatron_llama.interop.models import GROUPED, ODD, PLAIN, SCALED, TIED, assert_same, loaded, random_model
 

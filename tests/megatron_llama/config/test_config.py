@@ -27,7 +27,7 @@ from megatron_llama.config import (
 )
 from parallel.errors import ConfigError
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
+EXAMPLES = Path(__file__).parents[3] / "examples" / "configs"
 VALID = [
     *("--model.num_layers", "4", "--model.hidden_size", "64", "--model.num_heads", "8", "--model.num_kv_heads", "4"),
     *("--model.ffn_hidden_size", "96", "--model.vocab_size", "100", "--data.train", "a", "--train.steps", "10"),

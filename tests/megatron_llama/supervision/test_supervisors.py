@@ -7,7 +7,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from megatron_llama.supervisors import Supervisors
+from megatron_llama.supervision.supervisors import Supervisors
 from parallel.errors import LostContactError
 
 SILENCE, START = 5.0, 60.0

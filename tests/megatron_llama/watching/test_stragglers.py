@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llama import stragglers
-from megatron_llama.stragglers import Slow, Stragglers, slow_ranks
+from megatron_llama.watching import stragglers
+from megatron_llama.watching.stragglers import Slow, Stragglers, slow_ranks
 from parallel.heartbeat import Heartbeat
 from parallel.topology import Topology
 from tests.megatron_llama.programs import STEPS, start, values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llama.roster import Outcome, Plan, Roster
+from megatron_llama.supervision.roster import Outcome, Plan, Roster
 
 LOST = 69
 

@@ -7,8 +7,8 @@ processes, `validate_training` what a training run needs besides. `validate` is 
 import dataclasses
 from collections.abc import Callable, Iterable
 
-from megatron_llama import config_rules_memory, config_rules_precision, config_rules_zero
-from megatron_llama.config_sections import (
+from megatron_llama.config import rules_memory, rules_precision, rules_zero
+from megatron_llama.config.sections import (
     ModelConfig,
     RunConfig,
     data_parallel_size,
@@ -22,7 +22,7 @@ WAITING = (
     "parallel.cp",
 )
 
-FURTHER = (*config_rules_memory.RULES, *config_rules_precision.RULES, *config_rules_zero.RULES)
+FURTHER = (*rules_memory.RULES, *rules_precision.RULES, *rules_zero.RULES)
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -51,8 +51,8 @@ def validate_training(config: RunConfig, world_size: int) -> None:
     for rule in (_training_data, _length, _optimizer, _gradients, _post_validation, _evaluation, _start, *FURTHER):
         rule(config)
     _batch(config, world_size)
-    config_rules_memory.cuda_graphs(config, world_size)
-    config_rules_zero.deepspeed_file(config, world_size)
+    rules_memory.cuda_graphs(config, world_size)
+    rules_zero.deepspeed_file(config, world_size)
 
 
 def _field_limits(config: RunConfig) -> None:

@@ -1,8 +1,8 @@
-"""Which numbers of weights, masters and moments go together. Each rule raises ConfigError, as in `config_rules`."""
+"""Which numbers of weights, masters and moments go together. Each rule raises ConfigError, as in `rules`."""
 
 from __future__ import annotations
 
-from megatron_llama.config_sections import RunConfig
+from megatron_llama.config.sections import RunConfig
 from parallel.errors import ConfigError
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from megatron_llama.event_log import EventLog
 from megatron_llama.program import LOST, STOPPED
-from megatron_llama.roster import Outcome, Plan, Roster, Share
-from megatron_llama.supervisors import LOOK_SECONDS, NEVER_AGAIN, Supervisors, joint_code
+from megatron_llama.supervision.event_log import EventLog
+from megatron_llama.supervision.roster import Outcome, Plan, Roster, Share
+from megatron_llama.supervision.supervisors import LOOK_SECONDS, NEVER_AGAIN, Supervisors, joint_code
 
 
 class Lead:

@@ -2,7 +2,7 @@
 
 A section holds what a user can set and nothing derived: data-parallel size, total steps and the like are functions at
 the end. Limits that concern one field alone (`choices`, `minimum`) stand next to it; rules across fields are in
-`config_rules`.
+`rules`.
 """
 
 import difflib

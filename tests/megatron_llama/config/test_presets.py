@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_llama.config import load_config, tokens_per_step, total_steps, validate_model
+from megatron_llama.config.presets import preset_names
 from megatron_llama.flops import parameter_count
-from megatron_llama.presets import preset_names
 
 
 @pytest.mark.parametrize("name", preset_names())

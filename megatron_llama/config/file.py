@@ -13,8 +13,8 @@ from typing import Any
 
 import tomli_w
 
-from megatron_llama.config_sections import DataSource, RunConfig, Sources, StageLayers, limit_error
-from megatron_llama.presets import preset_layer
+from megatron_llama.config.presets import preset_layer
+from megatron_llama.config.sections import DataSource, RunConfig, Sources, StageLayers, limit_error
 from parallel.errors import ConfigError
 
 Layer = dict[str, dict[str, Any]]  # section -> field -> value
@@ -44,7 +44,7 @@ def load_config(argv: list[str], base: RunConfig | None = None) -> RunConfig:
 
     `argv` holds `--config FILE` and `--section.field value` in any order. `base` stands in for the defaults (the stored
     configuration of a checkpoint, for example). `--help` prints every field and exits; `--print-config` is left to the
-    caller. Cross-field rules are not checked here: see `config_rules`.
+    caller. Cross-field rules are not checked here: see `rules`.
 
     Raises ConfigError for an unreadable file, an unknown key or a value of the wrong type.
     """

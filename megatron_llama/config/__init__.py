@@ -1,11 +1,11 @@
 """The configuration of a run, in one import.
 
-`config_sections` has the fields, `config_file` reads and writes them, `config_rules` says which combinations can run.
+`sections` has the fields, `file` reads and writes them, `rules` says which combinations can run, `presets` has published sizes.
 """
 
-from megatron_llama.config_file import from_dict, help_text, load_config, to_dict, to_toml
-from megatron_llama.config_rules import validate, validate_layout, validate_model, validate_training
-from megatron_llama.config_sections import (
+from megatron_llama.config.file import from_dict, help_text, load_config, to_dict, to_toml
+from megatron_llama.config.rules import validate, validate_layout, validate_model, validate_training
+from megatron_llama.config.sections import (
     CheckpointConfig,
     DataConfig,
     DataSource,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_llama.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig, ZeroConfig
-from megatron_llama.config_rules_memory import RULES, cuda_graphs, float8_advice, rather_not
-from megatron_llama.presets import preset_layer
+from megatron_llama.config.presets import preset_layer
+from megatron_llama.config.rules_memory import RULES, cuda_graphs, float8_advice, rather_not
 from megatron_llama.runtime import COMPILED, model_kernels
 from parallel.errors import ConfigError
 

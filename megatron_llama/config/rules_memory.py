@@ -1,8 +1,8 @@
-"""Rules about recomputation, offload, float8 and CUDA graphs. Each raises ConfigError, as in `config_rules`."""
+"""Rules about recomputation, offload, float8 and CUDA graphs. Each raises ConfigError, as in `rules`."""
 
 from __future__ import annotations
 
-from megatron_llama.config_sections import RunConfig, data_parallel_size, micro_batches_per_step
+from megatron_llama.config.sections import RunConfig, data_parallel_size, micro_batches_per_step
 from parallel.errors import ConfigError
 
 MULTIPLE = 16  # of the sizes of a float8 product: what the tensor cores take

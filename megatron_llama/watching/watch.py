@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_llama.config_sections import WatchConfig
+from megatron_llama.config.sections import WatchConfig
 from parallel.zero.engine import StepInfo, not_finite
 from parallel.zero.loss_scale import SMALLEST
 

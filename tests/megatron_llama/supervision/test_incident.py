@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llama.incident import Incident, write_report
+from megatron_llama.supervision.incident import Incident, write_report
 from parallel.heartbeat import Beat, Call, Event
 
 

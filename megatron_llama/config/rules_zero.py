@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_llama.config_sections import RunConfig, micro_batches_per_step
+from megatron_llama.config.sections import RunConfig, micro_batches_per_step
 from parallel.errors import ConfigError
 from parallel.zero.support import refusal
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_llama.attribution import Finding, find_cause
 from megatron_llama.config import WatchConfig
-from megatron_llama.watch import Statistics, Watch
+from megatron_llama.watching.attribution import Finding, find_cause
+from megatron_llama.watching.watch import Statistics, Watch
 from parallel.checkpoint.manifest import read_manifest
 from parallel.checkpoint.steps import committed_steps
 from parallel.topology import Topology

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from megatron_llama.attribution import Cause, GradientLook, bad_state, find_cause, own_finding
 from megatron_llama.data.loader import Loader
 from megatron_llama.metrics import MetricsWriter
 from megatron_llama.program import LOGGER, agree
@@ -28,6 +27,7 @@ from megatron_llama.saving import Saver
 from megatron_llama.state import Position, SkippedSamples
 from megatron_llama.step import TrainStep
 from megatron_llama.verdict import StepNumbers, Verdict
+from megatron_llama.watching.attribution import Cause, GradientLook, bad_state, find_cause, own_finding
 from parallel.collectives import gather_objects
 from parallel.errors import NumbersError
 from parallel.zero.loss_scale import SMALLEST

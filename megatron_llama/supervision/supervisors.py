@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_llama.program import INTERRUPTED, LOST, STOPPED, USER_ERROR
-from megatron_llama.roster import Outcome, Plan
+from megatron_llama.supervision.roster import Outcome, Plan
 from parallel.errors import LostContactError
 from parallel.launchers import MeetingPoint
 

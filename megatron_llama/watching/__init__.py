@@ -1,0 +1,1 @@
+"""Watching a run: its numbers, the copies of its state, and slow ranks."""
