@@ -148,8 +148,8 @@ class TrainStep:
         counted = start_all_reduce(counts, self.runtime.groups.data)
         return Batch([batch.to(device) for batch in micro_batches], counts, counted)
 
-    def run(self, batch: Batch, learning_rate: float, sums: HostSums = NO_SUMS) -> StepInfo:
-        """Forward, backward, reduction and update.
+    def run(self, batch: Batch, learning_rate: float, sums: HostSums = NO_SUMS, step: int = 0) -> StepInfo:
+        """Forward, backward, reduction and update of the run's step of this number (0: one that nothing is compared with).
 
         `StepInfo.sums`, fp64 on the device: the token-mean loss of the global batch, and the ranks' `sums`.
         """
@@ -165,6 +165,6 @@ class TrainStep:
         from_host = torch.tensor(sums, dtype=torch.float64).to(loss.device, non_blocking=True)
         if self.state_copied is not None:
             torch.cuda.current_stream(loss.device).wait_event(self.state_copied)
-        info = self.engine.step(learning_rate, torch.cat([loss[None], from_host]), self.watch.before_step().judge)
+        info = self.engine.step(learning_rate, torch.cat([loss[None], from_host]), self.watch.before_step(step).judge)
         self.watch.after_step(info)
         return info

@@ -112,13 +112,13 @@ class Trainer:
                     ahead, waited = self._prepare_next(batches)
                     sums = HostSums(stop.wished, waited, *self.saver.progress())
                     with self.tracer.step(step):
-                        info = self.step.run(batch, rate, sums)
+                        info = self.step.run(batch, rate, sums, step)
                 self.position = before.after(self.config)
                 if pending is not None:
                     stopped = self._report(pending)
                     if self.position.step < step:
                         return stopped  # the step that was launched since is void
-                pending = Verdict(before, rate, info, batch.counts[1], self.step.watch.statistics)
+                pending = Verdict(before, rate, info, batch.counts[1], self.step.watch.criteria)
                 if self._pauses_after(step) or ahead is None:
                     stopped = self._report(pending) or stopped
                     pending = None
@@ -152,6 +152,7 @@ class Trainer:
             self.first_step = self.position.step + 1
             self._since = Moment(self.step.runtime.device)
         else:
+            self.step.watch.hear(verdict.step, outcome.numbers.loss, outcome.numbers.grad_norm)
             finished = outcome.verdict.finished
             seconds, self._since = finished.seconds_since(self._since), finished
             if self.metrics is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_llama.state import Position
-from megatron_llama.watching.watch import Statistics
+from megatron_llama.watching.watch import Criteria
 from parallel.checkpoint.background import Progress
 from parallel.host_copy import HostCopy
 from parallel.zero.engine import StepInfo
@@ -60,9 +60,9 @@ class StepNumbers:
     """What the device knows about a step, summed over the ranks that it concerns."""
 
     loss: float  # token mean of the global batch
-    sums: HostSums
     loss_limit: float  # above which the step is a spike
     norm_limit: float
+    sums: HostSums
     grad_norm: float
     skipped: float  # 1.0 where the update was masked
     squared_lengths: float  # sum over the documents of length^2; exact below 2^53
@@ -72,13 +72,13 @@ class StepNumbers:
 class Verdict:
     """The numbers of one step on their way to the host.
 
-    `before` is where the run was, and `statistics` is what the step is judged by: with both it may be run again.
+    `before` is where the run was, and `criteria` are what the step is judged by: with both it may be run again.
     """
 
     def __init__(
-        self, before: Position, rate: float, info: StepInfo, squared_lengths: Tensor, statistics: Statistics
+        self, before: Position, rate: float, info: StepInfo, squared_lengths: Tensor, criteria: Criteria
     ) -> None:
-        self.before, self.rate, self.info, self.statistics = before, rate, info, statistics
+        self.before, self.rate, self.info, self.criteria = before, rate, info, criteria
         self.step = before.step + 1
         device = squared_lengths.device
         self.finished = Moment(device)
@@ -87,7 +87,7 @@ class Verdict:
             known = [info.norm, info.skipped.double(), squared_lengths.double()]
             if info.loss_scale is not None:
                 known.append(info.loss_scale.double())
-            return torch.cat([info.sums, statistics.limits.flatten(), torch.stack(known)])
+            return torch.cat([info.sums, torch.stack(known)])
 
         self._numbers = HostCopy(values, device, info.stream)
 
@@ -95,6 +95,6 @@ class Verdict:
         """Wait for this step (not for later ones) and return its numbers."""
         loss, *others = self._numbers.read()
         count = len(HostSums._fields)
-        numbers = StepNumbers(loss, HostSums(*others[:count]), *others[count:])
+        numbers = StepNumbers(loss, *self.criteria.limits, HostSums(*others[:count]), *others[count:])
         self.finished.wait()
         return numbers

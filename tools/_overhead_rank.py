@@ -13,12 +13,17 @@ from typing import Any
 from megatron_llama import train, trainer
 from megatron_llama.verdict import Verdict
 from megatron_llama.watching.stragglers import Stragglers
-from megatron_llama.watching.watch import Statistics, Watch
+from megatron_llama.watching.watch import Criteria, Watch
 from parallel.heartbeat import Heartbeat, beat_path, read
 from parallel.launch import Launch
 
 WATCHED = {
-    "verdict": [(Verdict, "read"), (Watch, "before_step"), (Watch, "after_step"), (Statistics, "judge"), (Stragglers, "hear")],
+    "verdict": [
+        (Verdict, "read"),
+        *((Watch, name) for name in ("before_step", "after_step", "hear")),
+        (Criteria, "judge"),
+        (Stragglers, "hear"),
+    ],
     "audit": [(trainer, "check_replicas")],
 }
 
@@ -57,7 +62,8 @@ def run(launch: Launch, folder: Path, argv: list[str]) -> int:
     calls: Counter[str] = Counter()
     for what, places in WATCHED.items():
         for owner, name in places:
-            setattr(owner, name, _timed(getattr(owner, name), f"{what}/{name}", seconds, calls))
+            whose = owner.__name__.rpartition(".")[2].lower()
+            setattr(owner, name, _timed(getattr(owner, name), f"{what}/{whose}.{name}", seconds, calls))
     heartbeat = AlternatingHeartbeat(folder, launch.rank)
     train.launching.open_heartbeat = lambda launch: heartbeat
     with open(folder / f"out-{launch.rank}", "w") as file, redirect_stdout(file):

@@ -260,7 +260,7 @@ def report_overhead(report: Report, ranks: list[dict[str, Any]], each: dict[str,
     report.add("verdicts", 1e6 * verdicts, "us per step")
     for name, seconds in parts.items():
         report.add(f"  {name.removeprefix('verdict/')}", 1e6 * seconds, "us per step")
-    audit, between = per_call("audit/check_replicas"), WatchConfig().audit_every
+    audit, between = per_call("audit/trainer.check_replicas"), WatchConfig().audit_every
     report.add("an audit", 1e3 * audit, "ms")
     report.add(f"audits, one in {between} steps", 1e6 * audit / between, "us per step")
     total = counted + verdicts + audit / between

@@ -26,7 +26,7 @@ from megatron_llama.resume import go_back
 from megatron_llama.saving import Saver
 from megatron_llama.state import Position, SkippedSamples
 from megatron_llama.step import TrainStep
-from megatron_llama.verdict import StepNumbers, Verdict
+from megatron_llama.verdict import NO_SUMS, StepNumbers, Verdict
 from megatron_llama.watching.attribution import Cause, GradientLook, bad_state, find_cause, own_finding
 from parallel.collectives import gather_objects
 from parallel.errors import NumbersError
@@ -121,16 +121,16 @@ class Remedies:
     def _run_again(self, verdict: Verdict) -> tuple[Verdict, StepNumbers, Cause]:
         """Run a step that was void once more, looking for who is to blame. What was launched since is void and forgotten."""
         state = bad_state(self.engine)
-        self.watch.set_back(verdict.statistics)
+        self.watch.set_back(verdict.criteria)
         self.runtime.groups.ledger.heartbeat.enter("step", verdict.step)
         batch = self.step.prepare(self.loader.micro_batches(verdict.before.samples))
         with GradientLook(self.engine) as look:
-            info = self.step.run(batch, verdict.rate)
+            info = self.step.run(batch, verdict.rate, NO_SUMS, verdict.step)
         self.engine.finish()
-        again = Verdict(verdict.before, verdict.rate, info, batch.counts[1], verdict.statistics)
+        again = Verdict(verdict.before, verdict.rate, info, batch.counts[1], verdict.criteria)
         numbers = again.read()
         if what_is_wrong(numbers) == NOT_FINITE:
-            self.watch.set_back(verdict.statistics)  # the next step is not held
+            self.watch.set_back(verdict.criteria)  # the next step is not held
         return again, numbers, self._cause(again, state, look.first)
 
     def _cause(self, verdict: Verdict, *looks: Any) -> Cause:

@@ -1,15 +1,19 @@
-"""Watching a run's numbers on the device: which steps are not finite, and which are spikes.
+"""Watching a run's numbers: which steps are not finite, and which are spikes.
 
 A step is a *spike* where its loss or its gradient norm lies far above the mean of the steps before it. The device judges each
-step, masks its update where the settings ask for it, and waits for nobody: the host hears of it while the next step runs
-(`remedies` says what is done then).
+step and masks its update where the settings ask for it; the host keeps the statistics, of steps that it has heard of. It hears
+of a step while the next one runs, so a step is judged by those up to the last but one before it, whatever it has heard besides:
+nobody waits, and a resumed run judges alike. `remedies` says what is done then.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +22,9 @@ from parallel.zero.engine import StepInfo, not_finite
 from parallel.zero.loss_scale import SMALLEST
 
 KINDS = ("losses", "grad_norms")  # the rows of the statistics
+Limits = tuple[float, float]  # of the loss and the gradient norm; a step above one of them is a spike
+NO_LIMITS = (math.inf, math.inf)
+LATE = 2  # steps after which a step's numbers count
 
 
 def is_fault(info: StepInfo) -> Tensor:
@@ -27,93 +34,80 @@ def is_fault(info: StepInfo) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """The steps before one that is to be judged. Tensors on the device, never changed: each step has its own.
+class Criteria:
+    """What a step is judged by. With `held` (device scalar) it is void, until the host has decided about an earlier one."""
 
-    `limits`: a step above them is a spike; infinite until as many steps are known as there is room for. With `held` each step
-    is void, until the host has decided about one that was not finite.
-    """
-
-    values: Tensor  # [2, window] fp64, the newest at the end
-    count: Tensor  # [] int64; of steps that are known
-    limits: Tensor  # [2, 1] fp64
-    held: Tensor  # [] bool
+    limits: Limits
+    held: Tensor
     skips_spikes: bool
 
     def judge(self, info: StepInfo) -> Tensor:
         """Whether the update of the step is to be masked (a `Judge`)."""
         void = not_finite(info) | self.held
-        return void | (numbers_of(info) > self.limits).any() if self.skips_spikes else void
-
-
-def numbers_of(info: StepInfo) -> Tensor:  # [2, 1] fp64
-    """What the statistics are about: the loss, which is the first of a step's sums, and the gradient norm."""
-    return torch.stack([info.sums[:1], info.norm[None]])
+        if not self.skips_spikes or self.limits == NO_LIMITS:
+            return void
+        numbers = torch.stack([info.sums[0], info.norm])  # the loss is the first of a step's sums
+        limits = torch.tensor(self.limits, dtype=numbers.dtype).to(numbers.device, non_blocking=True)
+        return void | (numbers > limits).any()
 
 
 class Watch:
-    """Keeps the statistics of a run: `before_step` gives those that the next step is judged by, `after_step` takes it in.
+    """Keeps the statistics of a run: `before_step` gives the criteria of a step, `hear` takes its numbers in.
 
     What is not finite does not count, and a spike counts as the limit that it exceeded: so it does not hide the next one, and
-    yet a run whose level has changed for good gets used to it.
+    yet a run whose level has changed for good gets used to it. There are no limits until a whole window of steps is known.
     """
 
     def __init__(self, settings: WatchConfig, device: torch.device) -> None:
         self.settings = settings
+        self._values: deque[Limits] = deque(maxlen=settings.window)  # losses and norms, the newest at the end
+        self._limits: dict[int, Limits] = {}  # of the next steps
         self._last: StepInfo | None = None  # read late: totals may arrive during the next step only
-        nothing = torch.zeros(2, settings.window, dtype=torch.float64, device=device)
-        self.statistics = Statistics(
-            nothing,
-            torch.zeros((), dtype=torch.int64, device=device),
-            torch.full((2, 1), torch.inf, dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.bool, device=device),
-            skips_spikes=settings.spikes == "skip",
-        )
+        self.criteria = Criteria(NO_LIMITS, torch.zeros((), dtype=torch.bool, device=device), settings.spikes == "skip")
 
-    def before_step(self) -> Statistics:
-        """What is known before the next step's update."""
-        if self._last is not None:
-            self.statistics, self._last = self._after(self._last), None
-        return self.statistics
+    def before_step(self, step: int) -> Criteria:
+        """The criteria of a step that is about to be launched."""
+        held = self.criteria.held
+        if self._last is not None and self.settings.non_finite == "rerun":
+            held = held | is_fault(self._last)
+        self._last = None
+        self.criteria = Criteria(self._limits.get(step, NO_LIMITS), held, self.criteria.skips_spikes)
+        return self.criteria
 
     def after_step(self, info: StepInfo) -> None:
         """A step was launched; its numbers may still be on their way."""
         self._last = info
 
-    def set_back(self, statistics: Statistics) -> None:
-        """Forget what has happened since these statistics were made."""
-        self.statistics, self._last = statistics, None
+    def hear(self, step: int, loss: float, grad_norm: float) -> None:
+        """The numbers of a step that counts."""
+        if self.settings.spikes == "off":
+            return
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            loss_limit, norm_limit = self._limits.get(step, NO_LIMITS)
+            self._values.append((min(loss, loss_limit), min(grad_norm, norm_limit)))
+        self._limits = {later: limits for later, limits in self._limits.items() if later > step}
+        if len(self._values) == self.settings.window:
+            values = np.array(self._values)
+            limits = values.mean(axis=0) + self.settings.spike_deviations * values.std(axis=0)
+            self._limits[step + LATE] = limits[0].item(), limits[1].item()
 
-    @torch.no_grad()
-    def _after(self, info: StepInfo) -> Statistics:
-        statistics, settings = self.statistics, self.settings
-        if settings.non_finite == "rerun":
-            statistics = replace(statistics, held=statistics.held | is_fault(info))
-        if settings.spikes == "off":
-            return statistics
-        newest = torch.minimum(numbers_of(info), statistics.limits)
-        values = torch.where(info.is_finite, torch.cat([statistics.values[:, 1:], newest], dim=1), statistics.values)
-        count = statistics.count + info.is_finite
-        return replace(statistics, values=values, count=count, limits=self._limits(values, count))
-
-    def _limits(self, values: Tensor, count: Tensor) -> Tensor:
-        deviations, means = torch.std_mean(values, dim=1, correction=0, keepdim=True)
-        limits = torch.add(means, deviations, alpha=self.settings.spike_deviations)
-        return torch.where(count >= self.settings.window, limits, torch.inf)
+    def set_back(self, criteria: Criteria) -> None:
+        """Forget what was launched since the step that had these criteria."""
+        self.criteria, self._last = criteria, None
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON-able. Reading it waits for the device."""
-        statistics = self.before_step()
-        known = min(int(statistics.count.item()), self.settings.window)
-        return {kind: row[len(row) - known :] for kind, row in zip(KINDS, statistics.values.tolist(), strict=True)}
+        """What a checkpoint keeps, JSON-able."""
+        limits = {str(step): list(limits) for step, limits in self._limits.items()}
+        rows = zip(*self._values, strict=True) if self._values else ((), ())
+        return {kind: list(row) for kind, row in zip(KINDS, rows, strict=True)} | {"limits": limits}
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         """Of a checkpoint whose window was another one the newest steps count, as many as there are."""
-        rows = [state[kind][-self.settings.window :] for kind in KINDS]
-        old, known = self.statistics, len(rows[0])
-        values = torch.zeros_like(old.values)
-        values[:, values.shape[1] - known :] = torch.tensor(rows, dtype=values.dtype)
-        count = torch.full_like(old.count, known)
-        self.set_back(replace(old, values=values, count=count, limits=self._limits(values, count), held=old.held & False))
+        self._values.clear()
+        self._limits = {}
+        if self.settings.spikes != "off":
+            self._values.extend(zip(*(state[kind] for kind in KINDS), strict=True))
+            self._limits = {int(step): (loss, norm) for step, (loss, norm) in state["limits"].items()}
+        self.set_back(Criteria(NO_LIMITS, torch.zeros_like(self.criteria.held), self.criteria.skips_spikes))

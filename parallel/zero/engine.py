@@ -89,7 +89,7 @@ class StepInfo:
     def is_finite(self) -> Tensor:
         """Whether the norm and all sums are finite."""
         self.arrival.wait()
-        return torch.isfinite(self.totals).all()
+        return torch.linalg.vector_norm(self.totals, torch.inf) < torch.inf  # (in half as many operations as isfinite)
 
     @cached_property
     def skipped(self) -> Tensor:

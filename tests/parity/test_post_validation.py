@@ -80,7 +80,7 @@ class Consecutive(Session):
         info = self.step_runner.run(batch, self.case.optimizer.learning_rate)
         self.report.calls.append(Counter(ledger.calls))
         self.read()
-        self.verdict = Verdict(Position(step), 0.0, info, batch.counts[1], self.step_runner.watch.statistics)
+        self.verdict = Verdict(Position(step), 0.0, info, batch.counts[1], self.step_runner.watch.criteria)
 
     def read(self) -> None:
         """Note the numbers of the step before."""

@@ -133,7 +133,7 @@ def train_scaled(
     for step in range(first, last):
         batch = session.step_runner.prepare(micro_batches(case, step, data.rank, data.size))
         info = session.step_runner.run(batch, case.optimizer.learning_rate)
-        numbers = Verdict(Position(step), 0.0, info, batch.counts[1], session.step_runner.watch.statistics).read()
+        numbers = Verdict(Position(step), 0.0, info, batch.counts[1], session.step_runner.watch.criteria).read()
         seen.scales.append(numbers.loss_scale)
         seen.losses.append(numbers.loss)
         seen.skipped.append(numbers.skipped)

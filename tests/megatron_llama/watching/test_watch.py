@@ -15,7 +15,7 @@ import torch
 
 from megatron_llama.config import WatchConfig
 from megatron_llama.watching.attribution import Finding, find_cause
-from megatron_llama.watching.watch import Statistics, Watch
+from megatron_llama.watching.watch import Criteria, Watch
 from parallel.checkpoint.manifest import read_manifest
 from parallel.checkpoint.steps import committed_steps
 from parallel.topology import Topology
@@ -232,53 +232,57 @@ def info(loss: float, norm: float) -> StepInfo:
     return StepInfo(totals, totals)
 
 
-def told(watch: Watch, losses: list[float]) -> list[Statistics]:
-    """What each step is judged by."""
+def told(watch: Watch, losses: list[float], first: int = 1) -> list[Criteria]:
+    """What each step is judged by; as in a training, the host hears of a step when the next one was launched."""
     found = []
-    for loss in losses:
-        found.append(watch.before_step())
+    for step, loss in enumerate(losses, first):
+        found.append(watch.before_step(step))
+        if step > first:
+            watch.hear(step - 1, losses[step - 1 - first], 2 * losses[step - 1 - first])
         watch.after_step(info(loss, 2 * loss))
+    watch.hear(first + len(losses) - 1, losses[-1], 2 * losses[-1])
     return found
 
 
 def test_limits_are_numpys() -> None:
     losses = np.random.default_rng(0).normal(5.0, 0.1, 30).tolist()
     watch = Watch(WatchConfig(window=8, spike_deviations=3.0), torch.device("cpu"))
-    for step, statistics in enumerate(told(watch, losses)):
-        before = np.array(losses[max(step - 8, 0) : step])
-        expected = before.mean() + 3.0 * before.std() if step >= 8 else np.inf
-        np.testing.assert_allclose(statistics.limits[:, 0].numpy(), [expected, 2 * expected], rtol=1e-12)
+    for before, criteria in enumerate(told(watch, losses)):
+        known = np.array(losses[: max(before - 1, 0)])[-8:]
+        expected = known.mean() + 3.0 * known.std() if len(known) == 8 else np.inf
+        np.testing.assert_allclose(criteria.limits, [expected, 2 * expected], rtol=1e-12)
 
 
 def test_what_is_not_finite_does_not_count_and_a_spike_as_its_limit() -> None:
     watch = Watch(WatchConfig(window=4, non_finite="skip", spikes="skip"), torch.device("cpu"))
     told(watch, [1.0, 1.2, NAN, 1.0, 1.2])
-    limits = watch.before_step().limits[:, 0]
-    np.testing.assert_allclose(limits.numpy(), [1.1 + 6 * 0.1, 2.2 + 6 * 0.2])
-    assert watch.before_step().judge(info(1.6, 3.2)).item() is False
-    assert watch.before_step().judge(info(1.8, 3.2)).item() is True
-    assert watch.before_step().judge(info(1.6, 3.5)).item() is True
-    told(watch, [50.0])
-    np.testing.assert_allclose(watch.before_step().values[:, -1].numpy(), limits.numpy())
+    limits = watch.before_step(7).limits
+    np.testing.assert_allclose(limits, [1.1 + 6 * 0.1, 2.2 + 6 * 0.2])
+    assert watch.before_step(7).judge(info(1.6, 3.2)).item() is False
+    assert watch.before_step(7).judge(info(1.8, 3.2)).item() is True
+    assert watch.before_step(7).judge(info(1.6, 3.5)).item() is True
+    watch.hear(7, 50.0, 100.0)
+    assert [watch.state["losses"][-1], watch.state["grad_norms"][-1]] == list(limits)
 
 
 def test_a_new_level_is_learned() -> None:
     watch = Watch(WatchConfig(window=16, spikes="skip"), torch.device("cpu"))
-    losses = [2.0 + 0.01 * (step % 3) for step in range(16)] + [4.0 + 0.01 * (step % 3) for step in range(40)]
+    losses = [2.0 + 0.01 * (step % 3) for step in range(17)] + [4.0 + 0.01 * (step % 3) for step in range(40)]
     spikes = [step for step, s in enumerate(told(watch, losses)) if s.judge(info(losses[step], 2 * losses[step]))]
-    assert 16 in spikes and len(spikes) < 10
+    assert 17 in spikes and len(spikes) < 14
 
 
 def test_a_resumed_watch_judges_as_before() -> None:
     losses = np.random.default_rng(1).normal(5.0, 0.1, 20).tolist()
     settings = WatchConfig(window=8)
+    whole = Watch(settings, torch.device("cpu"))
+    judged = told(whole, losses)
     for cut in (3, 8, 13):
-        whole, first, second = (Watch(settings, torch.device("cpu")) for _ in range(3))
-        told(whole, losses)
+        first, second = (Watch(settings, torch.device("cpu")) for _ in range(2))
         told(first, losses[:cut])
         second.state = json.loads(json.dumps(first.state))
-        told(second, losses[cut:])
-        assert torch.equal(second.before_step().limits, whole.before_step().limits)
+        again = told(second, losses[cut:], first=cut + 1)
+        assert [criteria.limits for criteria in again] == [criteria.limits for criteria in judged[cut:]]
         assert second.state == whole.state
     smaller = Watch(WatchConfig(window=4), torch.device("cpu"))
     smaller.state = whole.state
