@@ -49,7 +49,7 @@ def sample_lines(config: RunConfig, sample: int, tokenizer: Tokenizer | None) ->
     data, position = open_run_data(config)
     _check_range(config, position, sample, data.blend.first_sample)
     batch_size, length = config.train.global_batch_size, config.train.sequence_length
-    step, within = divmod(sample - position.samples, batch_size)
+    step, within = divmod(sample + _left_out_from(position, sample) - position.samples, batch_size)
     place = _place(position.step + step + 1, within, config, dp_size)
     loader = make_loader(config, data, place.dp_rank, dp_size)
     read = loader.micro_batches(sample - within)[place.micro_batch]
@@ -89,7 +89,7 @@ def stretches(dataset: IndexedDataset, pieces: list[Piece], sequence_length: int
 
 
 def _check_range(config: RunConfig, position: Position, sample: int, first_of_leg: int) -> None:
-    first = max(0, position.samples - position.step * config.train.global_batch_size)
+    first = max(0, position.samples - position.step * config.train.global_batch_size - _left_out_from(position, 0))
     end = end_sample(config, position)
     if not first <= sample < end:
         raise ConfigError(f"--sample {sample}: the run reads the samples {first} to {end - 1}; choose one of them")
@@ -98,6 +98,19 @@ def _check_range(config: RunConfig, position: Position, sample: int, first_of_le
             f"--sample {sample} was read before the mixture or the sequence length changed at sample {first_of_leg}; "
             "name a checkpoint from before that with --config"
         )
+
+
+    for left_out in position.skipped_samples:
+        if left_out.went_back and left_out.first <= sample < left_out.stop:
+            raise ConfigError(
+                f"--sample {sample} is among those that the run has left out, {left_out.first} to {left_out.stop - 1}: at step "
+                f"{left_out.step} it {left_out.reason}"
+            )
+
+
+def _left_out_from(position: Position, sample: int) -> int:
+    """How many samples from this one on were left out so far, as the run went back and on behind them."""
+    return sum(one.stop - one.first for one in position.skipped_samples if one.went_back and one.first >= sample)
 
 
 def _place(step: int, within: int, config: RunConfig, dp_size: int) -> Place:

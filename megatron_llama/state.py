@@ -31,13 +31,21 @@ from parallel.zero.engine import Engine
 TOKENIZER_FILE = "tokenizer.model"
 
 
+SKIP, GO_BACK = "skipped", "went back"  # what a run does about samples that it leaves out
+
+
 class SkippedSamples(NamedTuple):
-    """Samples `first` to `stop` - 1, which a run has left out at `step`, and why."""
+    """Samples `first` to `stop` - 1, which a run has left out at `step`; the `reason` begins with what it did."""
 
     first: int
     stop: int
     step: int
     reason: str
+
+    @property
+    def went_back(self) -> bool:
+        """Whether no step counts them: the run went back, and on behind them."""
+        return self.reason.startswith(GO_BACK)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from megatron_llama.metrics import MetricsWriter
 from megatron_llama.program import LOGGER, agree
 from megatron_llama.resume import go_back
 from megatron_llama.saving import Saver
-from megatron_llama.state import Position, SkippedSamples
+from megatron_llama.state import GO_BACK, SKIP, Position, SkippedSamples
 from megatron_llama.step import TrainStep
 from megatron_llama.verdict import NO_SUMS, StepNumbers, Verdict
 from megatron_llama.watching.attribution import Cause, GradientLook, bad_state, find_cause, own_finding
@@ -33,7 +33,6 @@ from parallel.errors import NumbersError
 from parallel.zero.loss_scale import SMALLEST
 
 NOT_FINITE, SPIKE, BAD_STATE = "not finite", "spike", "state not finite"  # why
-SKIP, GO_BACK = "skipped", "went back"  # what was done
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class Remedies:
         if found is None:
             return None
         # that the run went back to this step before is not in the checkpoint
-        before = [s for s in position.skipped_samples if s.reason.startswith(GO_BACK) and s not in found.skipped_samples]
+        before = [s for s in position.skipped_samples if s.went_back and s not in found.skipped_samples]
         first = max([found.samples, *(s.stop for s in before)])
         end = first if trouble.reason == BAD_STATE else end
         left_out = SkippedSamples(first, end, verdict.step, f"{GO_BACK}: {trouble.reason}")

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_llama import sample_view
 from megatron_llama.config import DataSource, RunConfig, load_config
 from megatron_llama.data.indexed import IndexedDatasetWriter
 from megatron_llama.run_data import config_of_run, make_loader, open_run_data
 from megatron_llama.sample_view import sample_lines
+from megatron_llama.state import Position, SkippedSamples
 from megatron_llama.tokenizer import Tokenizer
 from parallel.errors import CheckpointError, ConfigError
 from tests.megatron_llama.programs import SEQUENCE_LENGTH, STEPS, succeed
@@ -162,3 +164,15 @@ def test_after_a_change_of_the_mixture(workplace: Path) -> None:
     assert {read_back(sample_lines(after, sample, None)).source for sample in range(8, 24)} == {"train", "valid"}
     with pytest.raises(ConfigError, match="--sample 7 was read before the mixture or the sequence length changed at sample 8"):
         sample_lines(after, 7, None)
+
+
+def test_samples_that_a_run_has_left_out(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In step 3 it went back to step 1: samples 8 to 23 are left out, and step 2 begins with sample 24."""
+    data, _ = open_run_data(config)
+    left_out = (SkippedSamples(8, 24, 3, "went back: spike"), SkippedSamples(24, 32, 2, "skipped: not finite"))
+    position = Position(step=2, samples=32, tokens=2 * BATCH_SIZE * SEQUENCE_LENGTH, skipped_samples=left_out)
+    monkeypatch.setattr(sample_view, "open_run_data", lambda config: (data, position))
+    steps = {sample: read_back(sample_lines(config, sample, None)).place[1] for sample in (0, 7, 24, 31, 32, 39)}
+    assert steps == {0: 1, 7: 1, 24: 2, 31: 2, 32: 3, 39: 3}
+    with pytest.raises(ConfigError, match="left out, 8 to 23: at step 3 it went back"):
+        sample_lines(config, 20, None)
