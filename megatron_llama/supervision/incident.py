@@ -175,7 +175,9 @@ def write_report(directory: Path, incident: Incident, facts: Mapping[str, str]) 
     """Write the report into a new file of `directory`, the flight recorders beside it, and return its path."""
     directory.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = directory / f"{stamp}-{incident.kind}-rank-{incident.rank:05d}.txt"
+    name = f"{stamp}-{incident.kind}-rank-{incident.rank:05d}"
+    taken = sum(1 for _ in directory.glob(f"{name}*.txt"))  # of the same second
+    path = directory / f"{name}{f'-{taken + 1}' if taken else ''}.txt"
     path.write_text(incident.report(facts), encoding="utf-8")
     path.with_name(f"{path.stem}-flight.jsonl").write_text(incident.timeline(), encoding="utf-8")
     return path

@@ -136,14 +136,14 @@ def test_ranks_that_do_not_come_are_named():
     """The world is of four; two come, and both say who is missing."""
 
     def come(rank, world_size, port):
-        stop()
         point = MeetingPoint("127.0.0.1", port, serves=rank == 0)
         with pytest.raises(LaunchError) as error:
             start(Launch(3 * rank, rank, 4, 4, "srun", point), torch.device("cpu"), timedelta(seconds=2))
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port + 1}", rank=rank, world_size=world_size)
+        dist.barrier()
         return str(error.value)
 
-    for text in run_ranks(2, come, free_port()):
+    for text in run_ranks(2, come, free_port(), joined=False):
         assert text.startswith("2 of 4 ranks have not come in 2 s: rank 1, 2; the others are on " + socket.gethostname())
 
 

@@ -95,6 +95,8 @@ def test_the_flight_recorders_are_kept_beside_the_report(tmp_path: Path) -> None
         {"seconds_before": 1.0, "rank": 0, "action": "F1"},
         {"seconds_before": 0.5, "rank": 1, "call": "all_reduce", "axis": "tp", "number": 4},
     ]
+    again = write_report(tmp_path, Incident({1: -9}, {}, BEATS, {}, 10.0, events), {})  # in the same second, most likely
+    assert again != path and len(list(tmp_path.glob("*-flight.jsonl"))) == 2
 
 
 @pytest.mark.parametrize(
