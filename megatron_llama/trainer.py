@@ -79,7 +79,7 @@ class Trainer:
         self.peak = dense_peak_flops(name, config.train.dtype)
         self.world_size = world
         self.remedies = Remedies(step, loader, saver, metrics)
-        every, factor = config.log.every, config.watch.straggler_factor
+        every, factor = config.watch.straggler_every, config.watch.straggler_factor
         self.stragglers = Stragglers(step.runtime.groups, device, every, factor, metrics)
         self.progress = Progress(self.last_step, world, self.peak)
         self.log = logging.getLogger(LOGGER)

@@ -83,11 +83,9 @@ class Verdict:
         device = squared_lengths.device
         self.finished = Moment(device)
 
-        def values() -> Tensor:
-            known = [info.norm, info.skipped.double(), squared_lengths.double()]
-            if info.loss_scale is not None:
-                known.append(info.loss_scale.double())
-            return torch.cat([info.sums, torch.stack(known)])
+        def values() -> list[Tensor]:
+            scale = [] if info.loss_scale is None else [info.loss_scale]
+            return [info.sums, info.norm, info.skipped, squared_lengths, *scale]
 
         self._numbers = HostCopy(values, device, info.stream)
 

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-HEAD = struct.Struct("<qqdq")  # pid, number of beats, time of the latest (monotonic clock), slot of the latest call
+HEAD = struct.Struct("<qqq")  # pid, number of beats, slot of the latest call
+BEATS_OFFSET, LATEST_OFFSET = 8, 16  # in it
 PLACE = struct.Struct("<q24s24s")  # step, phase, action
 CALL = struct.Struct("<qqqq16s16s")  # number of the call over its axis, its members (first, last, how many), kind, axis
 ACTION, NUMBER = struct.Struct("<24s"), struct.Struct("<q")  # parts of these
 PLACE_OFFSET, CALLS_OFFSET, SLOTS = 32, 96, 24
-EVENT = struct.Struct("<dq8s24s16s")  # time, step or number of the call, what it is, its name, axis
+WHAT = struct.Struct("<8s24s16s")  # what it is, its name, axis
+EVENT = struct.Struct(f"<dq{WHAT.size}s")  # time (monotonic clock), step or number of the call, WHAT
 EVENTS_OFFSET, EVENTS = CALLS_OFFSET + SLOTS * CALL.size, 128
 SIZE = EVENTS_OFFSET + EVENTS * EVENT.size
 STACK_SIGNAL = signal.SIGUSR2
@@ -42,7 +44,8 @@ class Heartbeat:
         self._known: dict[tuple[str, str], _KnownCall] = {}
         self._slots: dict[tuple[str, bool], int] = {}
         self._numbers = [0] * SLOTS
-        self._beats, self._latest, self._pid = 0, -1, os.getpid()
+        self._in_slots: list[_KnownCall | None] = [None] * SLOTS
+        self._beats, self._latest = 0, -1
         self._memory: mmap.mmap | bytearray = bytearray(SIZE)
         if path is not None:
             self._stacks = open(stacks_path(path), "w")  # open as long as the process lives
@@ -50,40 +53,50 @@ class Heartbeat:
             with open(path, "w+b") as file:
                 file.truncate(SIZE)
                 self._memory = mmap.mmap(file.fileno(), SIZE)
+            HEAD.pack_into(self._memory, 0, os.getpid(), self._beats, self._latest)
             self.enter("start")
 
     def enter(self, phase: str, step: int = 0) -> None:
         """A phase begins; `step` is the one under way."""
         name = phase.encode()
         PLACE.pack_into(self._memory, PLACE_OFFSET, step, name, b"")
-        self._beat(step, b"phase", name, b"")
+        self._beat(step, WHAT.pack(b"phase", name, b""))
 
     def act(self, action: str) -> None:
         """An action of the phase begins."""
         name = action.encode()
         ACTION.pack_into(self._memory, PLACE_OFFSET + 32, name)
-        self._beat(0, b"action", name, b"")
+        self._beat(0, WHAT.pack(b"action", name, b""))
 
     def call(self, kind: str, axis: str, ranks: tuple[int, ...]) -> None:
         """A collective, or a message, over an axis is about to start. The ranks of an axis are always the same."""
-        known = self._known.get((kind, axis)) or self._get_to_know(kind, axis, ranks)
-        number = self._numbers[known.slot] = self._numbers[known.slot] + 1
-        NUMBER.pack_into(self._memory, known.offset, number)
-        self._memory[known.offset + NUMBER.size : known.offset + CALL.size] = known.record
-        self._latest = known.slot
-        self._beat(number, b"call", known.kind, known.axis)
+        try:
+            known = self._known[kind, axis]
+        except KeyError:
+            known = self._get_to_know(kind, axis, ranks)
+        slot, offset, record, event = known
+        number = self._numbers[slot] = self._numbers[slot] + 1
+        NUMBER.pack_into(self._memory, offset, number)
+        if self._in_slots[slot] is not known:
+            self._memory[offset + NUMBER.size : offset + CALL.size] = record
+            self._in_slots[slot] = known
+        if self._latest != slot:
+            NUMBER.pack_into(self._memory, LATEST_OFFSET, slot)
+            self._latest = slot
+        self._beat(number, event)
 
     def _get_to_know(self, kind: str, axis: str, ranks: tuple[int, ...]) -> _KnownCall:
         slot = self._slots.setdefault((axis, kind in MESSAGES), min(len(self._slots), SLOTS - 1))
         record = CALL.pack(0, ranks[0], ranks[-1], len(ranks), kind.encode(), axis.encode())[NUMBER.size :]
-        known = _KnownCall(slot, CALLS_OFFSET + slot * CALL.size, record, kind.encode(), axis.encode())
+        event = WHAT.pack(b"call", kind.encode(), axis.encode())
+        known = _KnownCall(slot, CALLS_OFFSET + slot * CALL.size, record, event)
         return self._known.setdefault((kind, axis), known)
 
-    def _beat(self, number: int, what: bytes, name: bytes, axis: bytes) -> None:
-        now, place = time.monotonic(), EVENTS_OFFSET + self._beats % EVENTS * EVENT.size
-        EVENT.pack_into(self._memory, place, now, number, what, name, axis)
-        self._beats += 1  # (after the event, which a reader would take for an old one otherwise)
-        HEAD.pack_into(self._memory, 0, self._pid, self._beats, now, self._latest)
+    def _beat(self, number: int, what: bytes) -> None:
+        beats = self._beats
+        EVENT.pack_into(self._memory, EVENTS_OFFSET + beats % EVENTS * EVENT.size, time.monotonic(), number, what)
+        self._beats = beats + 1  # (after the event, which a reader would take for an old one otherwise)
+        NUMBER.pack_into(self._memory, BEATS_OFFSET, beats + 1)
 
 
 class _KnownCall(NamedTuple):
@@ -92,8 +105,7 @@ class _KnownCall(NamedTuple):
     slot: int
     offset: int
     record: bytes
-    kind: bytes
-    axis: bytes
+    event: bytes
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,8 @@ def read(directory: Path, rank: int) -> Beat | None:
     record = _record(directory, rank)
     if record is None:
         return None
-    pid, beats, moment, latest = HEAD.unpack_from(record)
+    pid, beats, latest = HEAD.unpack_from(record)
+    moment, _, _ = EVENT.unpack_from(record, EVENTS_OFFSET + (beats - 1) % EVENTS * EVENT.size)
     step, phase, action = PLACE.unpack_from(record, PLACE_OFFSET)
     calls = tuple(filter(None, (_call(record, slot) for slot in range(SLOTS))))
     last = _call(record, latest) if latest >= 0 else None
@@ -187,11 +200,16 @@ def read_events(directory: Path, rank: int) -> list[Event]:
     record = _record(directory, rank)
     if record is None:
         return []
-    _, beats, _, _ = HEAD.unpack_from(record)
+    _, beats, _ = HEAD.unpack_from(record)
     first = max(beats - EVENTS + 1, 0)  # without the oldest, which may be about to be overwritten
     places = (EVENTS_OFFSET + number % EVENTS * EVENT.size for number in range(first, beats))
     fields = (EVENT.unpack_from(record, place) for place in places)
-    return [Event(moment, _text(what), _text(name), number, _text(axis)) for moment, number, what, name, axis in fields]
+    return [_event(moment, number, what) for moment, number, what in fields]
+
+
+def _event(moment: float, number: int, what: bytes) -> Event:
+    kind, name, axis = map(_text, WHAT.unpack(what))
+    return Event(moment, kind, name, number, axis)
 
 
 def _call(record: bytes, slot: int) -> Call | None:

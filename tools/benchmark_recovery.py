@@ -248,9 +248,12 @@ def report_overhead(report: Report, ranks: list[dict[str, Any]], each: dict[str,
     report.add("  of it CPU, a rank", [1e3 * median(of_steps(rank, True, "cpu_seconds")) for rank in ranks], "ms")
     beats = max(median(of_steps(rank, True, "beats")) for rank in ranks)
     report.add("beats", beats, "per step")
+    kinds = ranks[0]["kinds"]
     for kind, seconds in each.items():
-        report.add(f"  a beat: {kind}", 1e9 * seconds, "ns")
-    counted = beats * max(each.values())
+        report.add(f"  of kind {kind}, {kinds[kind] / sum(kinds.values()):.0%}: one takes", 1e9 * seconds, "ns")
+    counted = max(
+        beats * sum(each[kind] * count for kind, count in rank["kinds"].items()) / sum(rank["kinds"].values()) for rank in ranks
+    )
     report.add("heartbeats, counted", 1e6 * counted, "us per step")
     with_beats, without = ([median(of_steps(rank, on, "cpu_seconds")) for rank in ranks] for on in (True, False))
     differences = [1e6 * (ours - bare) for ours, bare in zip(with_beats, without, strict=True)]

@@ -203,6 +203,7 @@ class WatchConfig:
     skips_allowed: int = setting(8, "batches that may be skipped in so many steps; then the run goes back", minimum=0)
     rollbacks_allowed: int = setting(1, "times that it may go back to a checkpoint in so many steps; then it stops", minimum=0)
     audit_every: int = setting(500, "steps between audits of what several ranks hold; 0 audits before saves only", minimum=0)
+    straggler_every: int = setting(50, "steps between two looks at how busy the ranks are", minimum=1)
     straggler_factor: float = setting(1.2, "a rank that is busy so many times as long as its peers is named", minimum=1.0)
 
 

@@ -134,7 +134,7 @@ class Stragglers:
             self._look = None
         if step % self.every == 0:
             busy = torch.tensor([self._stopwatch.read()], dtype=torch.float64).to(self.device)
-            self._look = step, HostCopy(lambda: all_gather(busy, self.groups.world), self.device)
+            self._look = step, HostCopy(lambda: [all_gather(busy, self.groups.world)], self.device)
 
     def _conclude(self, step: int, seconds: HostCopy) -> None:
         slow = slow_ranks(seconds.read(), self.groups.topology, self.factor)

@@ -33,17 +33,24 @@ def is_fault(info: StepInfo) -> Tensor:
     return bad if info.loss_scale is None else bad & (info.loss_scale <= SMALLEST)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Criteria:
-    """What a step is judged by. With `held` (device scalar) it is void, until the host has decided about an earlier one."""
+    """What one step is judged by. With `held` (device scalar) it is void, until the host has decided about an earlier one."""
 
     limits: Limits
     held: Tensor
     skips_spikes: bool
+    _void: Tensor | None = None
+
+    def void(self, info: StepInfo) -> Tensor:
+        """Whether the step is held, or not finite."""
+        if self._void is None:
+            self._void = not_finite(info) | self.held
+        return self._void
 
     def judge(self, info: StepInfo) -> Tensor:
         """Whether the update of the step is to be masked (a `Judge`)."""
-        void = not_finite(info) | self.held
+        void = self.void(info)
         if not self.skips_spikes or self.limits == NO_LIMITS:
             return void
         numbers = torch.stack([info.sums[0], info.norm])  # the loss is the first of a step's sums
@@ -69,7 +76,8 @@ class Watch:
         """The criteria of a step that is about to be launched."""
         held = self.criteria.held
         if self._last is not None and self.settings.non_finite == "rerun":
-            held = held | is_fault(self._last)
+            # what is void holds the next step, but for a loss scale that will fall
+            held = self.criteria.void(self._last) if self._last.loss_scale is None else held | is_fault(self._last)
         self._last = None
         self.criteria = Criteria(self._limits.get(step, NO_LIMITS), held, self.criteria.skips_spikes)
         return self.criteria

@@ -56,7 +56,7 @@ class Capabilities:
 
 def not_finite(info: StepInfo) -> Tensor:
     """Whether the norm or a sum of a step is not finite (device scalar)."""
-    return ~info.is_finite
+    return info.not_finite
 
 
 Judge = Callable[["StepInfo"], Tensor]  # says on the device whether a step's update is to be masked; alike on all ranks
@@ -86,10 +86,10 @@ class StepInfo:
         return norm if self.loss_scale is None else norm / self.loss_scale
 
     @cached_property
-    def is_finite(self) -> Tensor:
-        """Whether the norm and all sums are finite."""
+    def not_finite(self) -> Tensor:
+        """Whether the norm or a sum is not finite."""
         self.arrival.wait()
-        return torch.linalg.vector_norm(self.totals, torch.inf) < torch.inf  # (in half as many operations as isfinite)
+        return (self.totals - self.totals).any()  # (0 where finite, else NaN: fewer operations than isfinite)
 
     @cached_property
     def skipped(self) -> Tensor:

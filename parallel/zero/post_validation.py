@@ -109,7 +109,7 @@ class PostValidatedZero(NativeZero):
             sent = start_send(so_far, groups.lane("F", rank, rank + 1), rank + 1, tag=0)
         totals = so_far.clone()
         info = StepInfo(totals, part, judge, start_broadcast(totals, groups.pp_backward, source=last), self._stream)
-        host = HostCopy(lambda: torch.stack([info.norm, info.skipped.double()]), self._device, self._stream)
+        host = HostCopy(lambda: [info.norm, info.skipped], self._device, self._stream)
         return SpeculativeUpdate(learning_rate, info, host, (stage_totals, so_far), sent)
 
     @torch.no_grad()

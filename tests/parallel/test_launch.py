@@ -99,9 +99,8 @@ def test_one_process_starts_no_process_group():
     stop()
 
 
-def join_and_leave(rank, world_size, port, store):
-    """`run_ranks` has initialised one already; leave it, and join by the launcher's variables."""
-    stop()
+def join_and_leave(rank, world_size, port):
+    """Join by the launcher's variables, and leave."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     start(detect({name: str(value) for name, value in (variables | meeting).items()}), torch.device("cpu"))
@@ -110,10 +109,7 @@ def join_and_leave(rank, world_size, port, store):
     facts = total.item(), dist.get_rank(), dist.get_backend()
     dist.barrier()
     stop()
-    left = not dist.is_initialized()
-    # for the barrier at the end of `run_ranks`
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
-    return *facts, left
+    return *facts, not dist.is_initialized()
 
 
 def free_port():
@@ -122,8 +118,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_start_joins_over_gloo_and_stop_leaves(tmp_path):
-    ranks = run_ranks(2, join_and_leave, free_port(), tmp_path / "store")
+def test_start_joins_over_gloo_and_stop_leaves():
+    ranks = run_ranks(2, join_and_leave, free_port(), joined=False)
     assert ranks == [(3.0, 0, "gloo", True), (3.0, 1, "gloo", True)]
 
 

@@ -18,7 +18,7 @@ from parallel.topology import Topology
 from tests.megatron_llama.programs import STEPS, start, values
 from tests.parallel.building import CPU, grid
 
-LAYOUT = ("--config", "config.toml", "--parallel.pp", 2, "--log.every", 1, "--watch.straggler_factor")
+LAYOUT = ("--config", "config.toml", "--parallel.pp", 2, "--watch.straggler_every", 1, "--watch.straggler_factor")
 
 
 def sleepy(*ranks: int) -> Callable[[int], None]:
