@@ -46,7 +46,7 @@ try:
     from _pipeline_stages import TORCH_SCHEDULES, Blocking, Contestant, Ours, Torch
     from torch.multiprocessing.spawn import start_processes
 
-    from parallel.errors import UserError
+    from megatron_llama.tool_frame import run_tool
     from parallel.groups import build_groups
     from parallel.pipeline.layout import Placement
     from parallel.pipeline.schedules import SCHEDULES
@@ -248,8 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -37,7 +37,7 @@ try:
     from torch import Tensor, nn
     from torch.multiprocessing.spawn import start_processes
 
-    from parallel.errors import UserError
+    from megatron_llama.tool_frame import run_tool
     from parallel.groups import Axis, ProcessGroups, build_groups
     from parallel.kernels.table import resolve_kernels
     from parallel.pipeline.executor import Executor
@@ -213,8 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

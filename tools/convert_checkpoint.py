@@ -41,8 +41,9 @@ try:
     from megatron_llama.interop.verify import Side, compare
     from megatron_llama.runtime import DTYPES
     from megatron_llama.tokenizer import Tokenizer
+    from megatron_llama.tool_frame import run_tool
     from parallel.checkpoint.manifest import dtype_name
-    from parallel.errors import ConfigError, UserError
+    from parallel.errors import ConfigError
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
@@ -194,8 +195,4 @@ def verify(arguments: argparse.Namespace, source: StoredModel, options: Options)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (UserError, OSError) as error:  # OSError: a full disk, say
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -27,6 +27,7 @@ try:
     from megatron_llama.doctor.ranks import rank_findings, world_axis
     from megatron_llama.doctor.storage import storage_findings
     from megatron_llama.program import run_program
+    from megatron_llama.tool_frame import positive_integer
     from parallel import launch as launching
     from parallel.collectives import contact_kept
     from parallel.launch import Launch
@@ -38,17 +39,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--directory", type=Path, default=Path("runs"), help="where checkpoints would go (default runs)")
-    add("--mib", type=positive, default=0, metavar="N", help="sent and written in the timings (default: 16, GPUs 256)")
+    add("--mib", type=positive_integer, default=0, metavar="N", help="sent and written in the timings (default: 16, GPUs 256)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the ranks")
-    add("--timeout", type=positive, default=120, metavar="SECONDS", help="that ranks wait for each other (default 120)")
+    add("--timeout", type=positive_integer, default=120, metavar="SECONDS", help="that ranks wait for each other (default 120)")
     add("--json", action="store_true", help="print JSON")
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def main(launch: Launch) -> int:

@@ -21,7 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 
 try:
-    from parallel.errors import ConfigError, UserError
+    from megatron_llama.tool_frame import positive_integer, run_tool
+    from parallel.errors import ConfigError
     from parallel.pipeline.costs import Costs
     from parallel.pipeline.schedules import SCHEDULES
     from parallel.pipeline.timeline import compare, predict, read_trace, text_lines
@@ -36,9 +37,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("schedule", nargs="?", choices=tuple(SCHEDULES), metavar="SCHEDULE", help=", ".join(SCHEDULES))
     parser.add_argument("--compare", action="store_true", help="draw all schedules that fit the sizes, the fastest first")
     parser.add_argument("--trace", type=Path, metavar="FILE.json", help="draw a step of a run, the first rank of each stage")
-    parser.add_argument("--pp", type=positive, default=4, metavar="N", help="pipeline ranks (default: 4)")
-    parser.add_argument("--chunks", type=positive, metavar="N", help="per rank (default: the fewest; --compare: 1 or 2)")
-    parser.add_argument("--micro-batches", type=positive, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument("--pp", type=positive_integer, default=4, metavar="N", help="pipeline ranks (default: 4)")
+    parser.add_argument("--chunks", type=positive_integer, metavar="N", help="per rank (the fewest; --compare: 1 or 2)")
+    parser.add_argument("--micro-batches", type=positive_integer, default=8, metavar="N", help="(default: 8)")
     parser.add_argument(
         "--costs", type=costs, default=Costs(), metavar="F=1,I=1,W=1,send=0",
         help="time of one micro-batch in all layers of a rank, and of a message; B is I + W unless it is given",
@@ -48,12 +49,6 @@ def parse_arguments() -> argparse.Namespace:
     if sum(map(bool, (arguments.schedule, arguments.compare, arguments.trace))) != 1:
         parser.error("give the name of a schedule, or --compare, or --trace")
     return arguments
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def costs(text: str) -> Costs:
@@ -101,10 +96,4 @@ def save(timelines: list, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
+    run_tool(main)

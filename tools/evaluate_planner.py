@@ -27,7 +27,8 @@ from pathlib import Path
 try:
     from megatron_llama.plan import evaluation, rows
     from megatron_llama.plan.evaluation import Predicted, summary
-    from parallel.errors import DataError, UserError
+    from megatron_llama.tool_frame import run_tool
+    from parallel.errors import DataError
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
@@ -184,10 +185,4 @@ def summarised(errors: Sequence[float]) -> dict | None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
+    run_tool(main)

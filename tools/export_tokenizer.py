@@ -15,7 +15,7 @@ from pathlib import Path
 try:
     from megatron_llama.data.tokenizer_json import export_tokenizer
     from megatron_llama.tokenizer import Tokenizer
-    from parallel.errors import UserError
+    from megatron_llama.tool_frame import run_tool
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
@@ -30,8 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

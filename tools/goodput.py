@@ -22,7 +22,8 @@ from pathlib import Path
 try:
     from megatron_llama.checkpoint_interval import LLAMA_3_FAILURES_PER_GPU_DAY, SECONDS_PER_DAY, Projection, Rates, project
     from megatron_llama.goodput import PARTS, Account, account, read_events, read_records, world_size
-    from parallel.errors import ConfigError, UserError
+    from megatron_llama.tool_frame import positive_integer, positive_number, run_tool
+    from parallel.errors import ConfigError
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
@@ -31,26 +32,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
     parser.add_argument("--supervisor-log", type=Path, metavar="FILE", help="(default: supervisor.jsonl of the run, if any)")
-    parser.add_argument("--failures-per-gpu-day", type=positive, metavar="X", help="(default: as measured)")
-    parser.add_argument("--checkpoint-seconds", type=positive, metavar="X", help="training held up (default: as measured)")
-    parser.add_argument("--restart-seconds", type=positive, metavar="X", help="per failure (default: as measured)")
-    parser.add_argument("--gpus", type=positive_int, metavar="N", help="of the run (default: as rank 0's log says)")
-    parser.add_argument("--project-gpus", type=positive_int, nargs="+", default=[], metavar="N", help="other sizes of the job")
+    parser.add_argument("--failures-per-gpu-day", type=positive_number, metavar="X", help="(default: as measured)")
+    parser.add_argument("--checkpoint-seconds", type=positive_number, metavar="X", help="of a save (default: as measured)")
+    parser.add_argument("--restart-seconds", type=positive_number, metavar="X", help="per failure (default: as measured)")
+    parser.add_argument("--gpus", type=positive_integer, metavar="N", help="of the run (default: as rank 0's log says)")
+    parser.add_argument("--project-gpus", type=positive_integer, nargs="+", default=[], metavar="N", help="other sizes")
     parser.add_argument("--output", type=Path, metavar="FILE", help="draw into this file: .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true", help="print JSON, all times in seconds")
     return parser.parse_args()
-
-
-def positive(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise ValueError(text)
-    return float(text)
-
-
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def main() -> None:
@@ -151,10 +140,4 @@ def save(path: Path, *what: object) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
+    run_tool(main)

@@ -18,11 +18,12 @@ try:
     from tqdm import tqdm
 
     from megatron_llama.checkpoint_report import compare, listing, root_of, steps_of
+    from megatron_llama.tool_frame import run_tool
     from parallel.checkpoint.load import find_damage, read_manifest
     from parallel.checkpoint.offline import StepReader
     from parallel.checkpoint.retention import mark_verified, removable_steps, remove_old_steps
     from parallel.checkpoint.steps import committed_steps, resolve_checkpoint, step_directory
-    from parallel.errors import CheckpointError, ConfigError, UserError
+    from parallel.errors import CheckpointError, ConfigError
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
@@ -96,12 +97,11 @@ def prune(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def main() -> int:
+    """Returns the exit code."""
+    arguments = parse_arguments()
+    return {"ls": show, "verify": verify, "diff": diff, "prune": prune}[arguments.command](arguments)
+
+
 if __name__ == "__main__":
-    try:
-        chosen = parse_arguments()
-        sys.exit({"ls": show, "verify": verify, "diff": diff, "prune": prune}[chosen.command](chosen))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
+    run_tool(main)

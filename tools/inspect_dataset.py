@@ -22,7 +22,8 @@ try:
     )
     from megatron_llama.data.indexed import IndexedDataset
     from megatron_llama.tokenizer import Tokenizer
-    from parallel.errors import ConfigError, UserError
+    from megatron_llama.tool_frame import run_tool
+    from parallel.errors import ConfigError
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
@@ -83,10 +84,4 @@ def show_dataset(dataset: IndexedDataset, tokenizer: Tokenizer | None, document:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
+    run_tool(main)

@@ -14,7 +14,7 @@ try:
     from tqdm import tqdm
 
     from megatron_llama.data.merge import merge_datasets
-    from parallel.errors import UserError
+    from megatron_llama.tool_frame import run_tool
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
@@ -35,8 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:  # OSError: a full disk, say
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -26,7 +26,8 @@ try:
     from megatron_llama.plan.explain import explain
     from megatron_llama.plan.hardware import Hardware
     from megatron_llama.plan.search import Found, search, with_global_batch
-    from parallel.errors import ConfigError, DataError, UserError
+    from megatron_llama.tool_frame import positive_integer, positive_number, run_tool
+    from parallel.errors import ConfigError, DataError
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
@@ -42,37 +43,27 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", metavar="NAME", help="a published size, such as llama-65b")
     parser.add_argument("--config", metavar="FILE", help="a configuration to start from")
-    parser.add_argument("--gpus", type=positive_int, metavar="N", help="number of GPUs")
+    parser.add_argument("--gpus", type=positive_integer, metavar="N", help="number of GPUs")
     parser.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(hardware.names())}, or a profile's file")
-    parser.add_argument("--network-gb-per-second", type=positive, metavar="X", help="per GPU (default: the profile's)")
-    parser.add_argument("--gpus-per-node", type=positive_int, metavar="N", help="(default: the profile's)")
+    parser.add_argument("--network-gb-per-second", type=positive_number, metavar="X", help="per GPU (the profile's)")
+    parser.add_argument("--gpus-per-node", type=positive_integer, metavar="N", help="(default: the profile's)")
     parser.add_argument("--global-batch-tokens", type=count_of(BINARY), metavar="N", help="of a step, as 4M (default: 4M)")
     parser.add_argument("--tokens", type=count_of(DECIMAL), metavar="N", help="of the run (default: the preset's, or 1T)")
-    parser.add_argument("--sequence-length", type=positive_int, metavar="N", help="(default: the preset's)")
+    parser.add_argument("--sequence-length", type=positive_integer, metavar="N", help="(default: the preset's)")
     parser.add_argument("--data", nargs="+", default=[], metavar="PREFIX", help="training datasets, for --output")
-    parser.add_argument("--top", type=positive_int, default=8, metavar="N", help="layouts to show (default: 8)")
-    parser.add_argument("--pue", type=positive, default=economics.LLAMA_PUE, metavar="X", help="(default: 1.1, as LLaMA)")
-    parser.add_argument("--carbon", type=positive, default=economics.LLAMA_CARBON, metavar="KG", help="per kWh (default: .385)")
-    parser.add_argument("--price", type=positive, metavar="X", help="per GPU-hour")
+    parser.add_argument("--top", type=positive_integer, default=8, metavar="N", help="layouts to show (default: 8)")
+    parser.add_argument("--pue", type=positive_number, default=economics.LLAMA_PUE, metavar="X", help="(default: %(default)s)")
+    parser.add_argument(
+        "--carbon", type=positive_number, default=economics.LLAMA_CARBON, metavar="KG", help="per kWh (default: %(default)s)"
+    )
+    parser.add_argument("--price", type=positive_number, metavar="X", help="per GPU-hour")
     parser.add_argument("--calibrate", type=Path, metavar="METRICS", help="metrics.jsonl of a run on the same kind of GPUs")
-    parser.add_argument("--calibrate-gpus", type=positive_int, metavar="N", help="of that run (default: by its log)")
+    parser.add_argument("--calibrate-gpus", type=positive_integer, metavar="N", help="of that run (default: by its log)")
     parser.add_argument("--explain", metavar="FIELD", help="how a figure is predicted, with its sources")
     parser.add_argument("--json", action="store_true", help='print {"layouts": [...]}, the best first')
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the best layout as a configuration (TOML)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="draw the plan: .png, .svg or .pdf")
     return parser.parse_known_args()
-
-
-def positive(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise ValueError(text)
-    return float(text)
-
-
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def count_of(units: dict[str, int]) -> Callable[[str], int]:
@@ -187,10 +178,4 @@ def draw(path: Path, found: list[Found], base: RunConfig, gpu: Hardware, calibra
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
+    run_tool(main)

@@ -18,7 +18,8 @@ from pathlib import Path
 try:
     from megatron_llama.data.mixture import format_tokens, table_lines
     from megatron_llama.data.mixture_plan import plan_mixture, read_plan, save_picture, simulate
-    from parallel.errors import ConfigError, UserError
+    from megatron_llama.tool_frame import positive_integer, run_tool
+    from parallel.errors import ConfigError
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
@@ -29,8 +30,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE.toml", help="the sources, or a run's configuration")
     parser.add_argument("--tokens", type=tokens, required=True, help="that the run reads, for example 1.4T or 300B")
-    parser.add_argument("--sequence-length", type=positive, default=2048, metavar="N")
-    parser.add_argument("--batch-size", type=positive, default=2048, metavar="N", help="sequences, for the simulation")
+    parser.add_argument("--sequence-length", type=positive_integer, default=2048, metavar="N")
+    parser.add_argument("--batch-size", type=positive_integer, default=2048, metavar="N", help="sequences, for the simulation")
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="leave this source out; may be repeated")
     parser.add_argument("--on-cap", choices=("error", "redistribute"), default="error", help="where max_epochs is exceeded")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw tokens and epochs of each source")
@@ -44,12 +45,6 @@ def tokens(text: str) -> int:
     if not 1 <= count < math.inf:
         raise ValueError(text)
     return round(count)
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 def main() -> int:
@@ -86,10 +81,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
+    run_tool(main)

@@ -21,16 +21,9 @@ try:
     from megatron_llama.data.fast_encoding import ENGINES
     from megatron_llama.data.inputs import expand_inputs
     from megatron_llama.data.preprocess import Settings, Summary, preprocess
-    from parallel.errors import UserError
+    from megatron_llama.tool_frame import positive_integer, run_tool
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
-
-
-def positive(text: str) -> int:
-    """An argument that is an integer above 0."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return int(text)
 
 
 def fraction(text: str) -> float:
@@ -56,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--json-key", default="text", metavar="KEY", help="which value of a jsonl object or column of parquet (%(default)s)")
     add("--append-bos", action="store_true", help="put the bos token before each document (LLaMA: yes)")
     add("--append-eos", action="store_true", help="put the eos token after each document (LLaMA: yes)")
-    add("--workers", type=positive, default=1, metavar="N", help="processes that encode (%(default)s)")
+    add("--workers", type=positive_integer, default=1, metavar="N", help="processes that encode (%(default)s)")
     add(
         "--documents",
         choices=("files", "lines"),
@@ -70,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
         default="error",
         help="at a bad line: stop, or note it in PREFIX.errors.jsonl (%(default)s)",
     )
-    add("--max-errors", type=positive, default=1000, metavar="N", help="stop after so many skipped lines (%(default)s)")
+    add("--max-errors", type=positive_integer, default=1000, metavar="N", help="stop after so many skipped lines (%(default)s)")
     add(
         "--engine",
         choices=ENGINES,
@@ -148,10 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:  # OSError: a full disk, say
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_tool(main)

@@ -22,9 +22,9 @@ try:
     from megatron_llama.reshard import Resharding
     from megatron_llama.runtime import DTYPES
     from megatron_llama.state import stored_config
+    from megatron_llama.tool_frame import run_tool
     from parallel.checkpoint.manifest import read_manifest
     from parallel.checkpoint.steps import resolve_checkpoint
-    from parallel.errors import UserError
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
@@ -85,8 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

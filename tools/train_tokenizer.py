@@ -19,7 +19,7 @@ try:
     from megatron_llama.data.text import iterate_documents
     from megatron_llama.data.tokenizer_training import choose_pieces, measure, train_tokenizer
     from megatron_llama.tokenizer import Tokenizer
-    from parallel.errors import UserError
+    from megatron_llama.tool_frame import run_tool
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
@@ -85,8 +85,4 @@ def report_files(tokenizer: Tokenizer, files: Sequence[Path], json_key: str) -> 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:  # OSError: a full disk, say
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

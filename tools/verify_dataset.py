@@ -16,7 +16,7 @@ try:
     from megatron_llama.data.indexed import IndexedDataset
     from megatron_llama.data.verify import verify_ids, verify_text
     from megatron_llama.tokenizer import Tokenizer
-    from parallel.errors import UserError
+    from megatron_llama.tool_frame import run_tool
 except ImportError as missing:
     sys.exit(f"error: {missing}; install the project first, from its root: pip install -e .")
 
@@ -53,8 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -107,7 +107,7 @@ def test_explanations_name_their_sources(plan, field):
         (("--explain", "bubbles"), "the closest one is bubble"),
         (("--preset", "llama-7b", "--gpus", "8", "--gpu", "h100", "--parallel.tq", "2"), "tp"),
         (("--preset", "llama-7b", "--gpus", "8", "--gpu", "h100", "--global-batch-tokens", "four"), "is no count"),
-        (("--preset", "llama-7b", "--gpus", "0", "--gpu", "h100"), "invalid positive_int value: '0'"),
+        (("--preset", "llama-7b", "--gpus", "0", "--gpu", "h100"), "argument --gpus: 0 is not above 0"),
     ],
 )
 def test_mistakes(plan, arguments, expected):
