@@ -10,7 +10,7 @@ second and GPU, predicted over measured less one:
 
 median, p90   of the size of the errors of a source's 16-bit rows whose layout is known
 bias          the median with its sign
-one run       the median after one of the source's rows has set a factor for the others (median over all choices of the row)
+one run       the median after one of the source's rows has set a factor for the others (over all choices of that row)
 no traits     the median where every row is taken for the same, partly fused software
 core          the headline set: rows of tier "core"
 """
@@ -103,7 +103,7 @@ def source_lines(title: str, predicted: Sequence[Predicted], without: dict[int, 
         found = summary(one.error for one in group)
         if found is None:
             continue
-        once = None if name in ("all", "core") else evaluation.one_run_median(group)
+        once = evaluation.one_run_median(group)
         neutral = summary(without[id(one.row)].error for one in group).median if without else None
         yield (
             f"{name:<22}{found.rows:>5}{found.median:>9.1%}{found.p90:>8.1%}{found.bias:>+8.1%}"

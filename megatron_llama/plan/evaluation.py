@@ -80,12 +80,22 @@ def by_source(predicted: Sequence[Predicted]) -> dict[str, list[Predicted]]:
 
 
 def one_run_median(predicted: Sequence[Predicted]) -> float | None:
-    """Median error of a source's other rows after calibrating on one of them, the median over all choices; None below three."""
-    if len(predicted) < 3:
+    """Median error where another row of the same source has set a factor, over all choices of that row; every row counts once.
+
+    Sources of one or two rows don't count; None where there are no others.
+    """
+    errors, weights = [], []
+    for group in by_source(predicted).values():
+        ratios = np.array([1 + one.error for one in group])
+        for place, ratio in enumerate(ratios) if len(group) > 2 else ():
+            errors.append(np.abs(np.delete(ratios, place) / ratio - 1))
+            weights.append(np.full(len(ratios) - 1, 1 / (len(ratios) - 1)))
+    if not errors:
         return None
-    ratios = np.array([1 + one.error for one in predicted])
-    medians = [np.median(np.abs(np.delete(ratios, place) / ratio - 1)) for place, ratio in enumerate(ratios)]
-    return float(np.median(medians))
+    sizes, shares = np.concatenate(errors), np.concatenate(weights)
+    order = np.argsort(sizes)
+    middle = np.searchsorted(np.cumsum(shares[order]), shares.sum() / 2)
+    return float(sizes[order][middle])
 
 
 def layout_regrets(predicted: Sequence[Predicted]) -> dict[str, float]:
