@@ -32,7 +32,7 @@ test-jobs: $(DEV)
 	$(PYTEST) -v tests/jobs
 
 test-others: $(DEV)
-	$(PYTEST) tests --ignore=tests/jobs -n auto
+	$(PYTEST) tests --ignore=tests/jobs -n auto --durations=40 --durations-min=4
 
 faults: $(DEV)  ## run the whole fault suite (20 to 30 minutes), which writes docs/results/faults.md
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m tests.faults --output docs/results/faults.md

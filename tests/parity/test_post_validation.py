@@ -155,7 +155,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("case", "clip_norm"), CASES.items(), ids=[case.name for case in CASES])
+QUICK = ("pp2-1f1b", "pp2-zb-v-tied", "pp2-interleaved", "pp2-tp2", "pp2-dp2-zero0")  # one of a kind; the others are slow
+MARKED = [
+    pytest.param(case, norm, id=case.name, marks=[] if case.name in QUICK else [pytest.mark.slow])
+    for case, norm in CASES.items()
+]
+
+
+@pytest.mark.parametrize(("case", "clip_norm"), MARKED)
 def test_some_steps_are_clipped(case: Case, clip_norm: float) -> None:
     """Though no stage alone is above the limit: only the sum over all of them is."""
     found = compare(replace(case, optimizer=clipped(clip_norm, case.optimizer)))
