@@ -9,6 +9,7 @@ PACKAGES = [
     "megatron_llama.config",
     "megatron_llama.data",
     "megatron_llama.doctor",
+    "megatron_llama.dry_run",
     "megatron_llama.interop",
     "megatron_llama.model",
     "megatron_llama.plan",

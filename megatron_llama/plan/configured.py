@@ -8,15 +8,18 @@ from functools import cached_property, lru_cache
 
 from megatron_llama import pipeline_plan
 from megatron_llama.config import ModelConfig, RunConfig, data_parallel_size, micro_batches_per_step
-from megatron_llama.plan.bubble import held_micro_batches
+from megatron_llama.plan.block_memory import GPU, MicroBatchMemory, Platform, micro_batch_bytes
 from megatron_llama.plan.hardware import Cluster, Hardware
 from megatron_llama.plan.job import Job, Layout, Shape, Software
-from megatron_llama.plan.memory import FP32, Memory, largest, with_framework
-from megatron_llama.plan.shape import layer_parameters, token_flops, vocabulary_parameters
+from megatron_llama.plan.memory import Memory, largest, with_framework
+from megatron_llama.plan.peak import RankPeak, StagePart
+from megatron_llama.plan.reductions import reduction
+from megatron_llama.plan.shape import token_flops
+from megatron_llama.plan.situations import situations
+from megatron_llama.plan.state_memory import BYTES, stage_buckets, stage_parameters, state_bytes
 from megatron_llama.plan.step_time import StepTime, step_time
 from parallel.pipeline.layout import Placement, balance_layers
 from parallel.pipeline.schedules import SCHEDULES
-from parallel.tensor.head_loss import chunk_tokens
 
 TP_EXPOSED = {"none": (1.0, 1.0), "backward": (1.0, 0.5), "chunks": (0.35, 0.35), "async": (0.35, 0.35)}
 FUSED_ATTENTION = "flash2"
@@ -151,68 +154,51 @@ def _value_bytes(config: RunConfig) -> int:
     return pipeline_plan.VALUE_BYTES[config.train.dtype]
 
 
-def rank_memory(config: RunConfig, job: Job) -> list[Memory]:
-    """Bytes of each pipeline rank: what the engines keep (docs/zero.md) and what blocks keep (docs/memory.md)."""
+def rank_memory(config: RunConfig, job: Job, platform: Platform = GPU) -> list[Memory]:
+    """Bytes of each pipeline rank at its peak: what the engine keeps (`state_memory`), and what comes and goes (`peak`)."""
     layout = job.layout
     placement = SCHEDULES[layout.schedule].placement(layout.pp, layout.chunks)
-    stages = stage_layers(config)
-    held = held_micro_batches(layout.schedule, layout.pp, layout.chunks, layout.micro_batches)
-    kept_by = {count: pipeline_plan.stage_activations(config, count) for count in set(stages)}
+    data, shards = layout.dp * layout.cp, layout.shard_size if config.zero.stage else 1
+    memory, sums = MicroBatchMemory(config, platform), reduction(config, shards, data // shards, platform)
+    of_ranks = situations(layout.schedule, layout.pp, layout.chunks, layout.micro_batches, every=platform.exchanges)
+    batch = layout.micro_batches * micro_batch_bytes(config)
+    stages, known = stage_layers(config), {}  # ranks with equal stages that hold as much are alike
     memories = []
     for rank in range(layout.pp):
         own = [placement.stage(rank, chunk) for chunk in range(layout.chunks)]
-        kept = sum(kept_by[stages[stage]] for stage in own)
-        first, last = 0 in own, placement.num_stages - 1 in own
-        memories.append(_one_rank(config, job, layout.rank_layers[rank], kept * held[rank], first, last))
+        key = tuple((stages[stage], stage == 0, stage == placement.num_stages - 1) for stage in own), of_ranks[rank]
+        if key not in known:
+            parts = _parts(config, placement, own, stages, data)
+            buckets = [bucket for part in parts for bucket in part.buckets]
+            state = state_bytes(config, buckets, shards, platform.slice_elements)
+            peak = RankPeak(memory, parts, sums, state.update, batch).find(of_ranks[rank])
+            buffers = peak.buffers + _deepspeed_buffers(config, parts)
+            kept = state.weights, state.gradients, state.optimizer
+            known[key] = with_framework(*kept, peak.activations, peak.workspace, buffers)
+        memories.append(known[key])
     return memories
 
 
-def _one_rank(config: RunConfig, job: Job, layers: int, activations: float, first: bool, last: bool) -> Memory:
-    shape, layout, zero = job.shape, job.layout, config.zero
-    tables = first + (last and not (first and shape.tied))
-    layer = layer_parameters(shape) / layout.tp
-    parameters = layers * layer + tables * vocabulary_parameters(shape) / layout.tp
-    value, gradient = _value_bytes(config), 2 if zero.gradient_dtype == "bf16" else FP32
-    shards = layout.shard_size if zero.stage else 1
-    weights_over, gradients_over = (shards if zero.stage >= stage else 1 for stage in (3, 2))
-    bucket = min(zero.bucket_size, parameters)
-    buffers = bucket * (gradient if layout.dp > 1 else 0)
-    if zero.stage == 2:
-        buffers += 2 * bucket * FP32
+def _parts(config: RunConfig, placement: Placement, own: Sequence[int], stages: Sequence[int], data: int) -> list[StagePart]:
+    """A rank's `own` stages with their buckets."""
+    ends, last = len(set(placement.embedding_ranks)), placement.num_stages - 1
+    parts = []
+    for stage in own:
+        layers = stages[stage]
+        parameters = config.model, config.parallel.tp, layers, stage == 0, stage == last, ends
+        parts.append(StagePart(layers, stage == last, stage_buckets(*parameters, config.zero.bucket_size, data)))
+    return parts
+
+
+def _deepspeed_buffers(config: RunConfig, parts: Sequence[StagePart]) -> float:
+    """DeepSpeed's bucket of gradients to reduce; in stage 3 the gathered weights of two blocks, the one in use and the next."""
+    zero = config.zero
+    if zero.engine != "deepspeed":
+        return 0.0
+    parameters = sum(bucket.size for part in parts for bucket in part.buckets)
+    gathered = 0
     if zero.stage == 3:
-        buffers += 2 * layer * value
-    optimizer = 0.0 if zero.offload != "none" else parameters * _optimizer_bytes(config) / shards
-    return with_framework(
-        parameters * value / weights_over,
-        parameters * gradient / gradients_over,
-        optimizer,
-        activations,
-        _workspace(config, job, last),
-        buffers,
-    )
-
-
-def _optimizer_bytes(config: RunConfig) -> int:
-    """Of one parameter: master weight where the weights are not fp32 themselves, and AdamW's moments."""
-    optimizer = config.optimizer
-    moments = 0 if optimizer.name != "adamw" else 2 * (2 if optimizer.moment_dtype == "bf16" else FP32)
-    if config.train.dtype == "fp32" and config.zero.engine == "native":
-        return moments
-    return moments + (2 if optimizer.master_weights == "remainder" else FP32)
-
-
-def _workspace(config: RunConfig, job: Job, last: bool) -> float:
-    """The most of: a block whose activations are made again, gradients on their way through a block, the head's own."""
-    shape, layout, value = job.shape, job.layout, _value_bytes(config)
-    tokens = config.train.micro_batch_size * config.train.sequence_length
-    again = pipeline_plan.layer_activations(config, "none")[0] if config.parallel.recompute == "full" else 0.0
-    weights = value * 3 * shape.hidden_size * shape.ffn_hidden_size / layout.tp
-    block = again + weights + 3 * value * tokens * shape.ffn_hidden_size / layout.tp
-    if not last:
-        return block
-    columns = -(-shape.vocab_size // layout.tp)
-    chunk = chunk_tokens(tokens, columns * value)
-    head = chunk * columns * (value + 2 * FP32)
-    if chunk < tokens:
-        head += columns * shape.hidden_size * FP32 + tokens * shape.hidden_size * value
-    return max(block, head)
+        layers = min(2, max(part.layers for part in parts))
+        block = stage_parameters(config.model, config.parallel.tp, layers, embeds=False, head=False, ends=1)
+        gathered = sum(one.size for one in block)
+    return min(zero.bucket_size, parameters) * BYTES[zero.gradient_dtype] + gathered * _value_bytes(config)

@@ -6,7 +6,19 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 
-from megatron_llama.plan import bubble, configured, economics, kernels, memory, risks, shape, step_time
+from megatron_llama.plan import (
+    block_memory,
+    bubble,
+    configured,
+    economics,
+    kernels,
+    memory,
+    peak,
+    risks,
+    shape,
+    state_memory,
+    step_time,
+)
 from parallel.errors import ConfigError
 
 FIELDS: Mapping[str, tuple[Callable, ...]] = {
@@ -14,7 +26,14 @@ FIELDS: Mapping[str, tuple[Callable, ...]] = {
     "step_seconds": (step_time.step_time, step_time.StepTime),
     "mfu_causal": (configured.Prediction.mfu, shape.token_flops),
     "mfu_full": (configured.Prediction.mfu, shape.token_flops),
-    "memory_bytes": (memory.Memory, configured.rank_memory, memory.with_framework),
+    "memory_bytes": (
+        memory.Memory,
+        configured.rank_memory,
+        state_memory.state_bytes,
+        peak.RankPeak,
+        block_memory.MicroBatchMemory,
+        memory.with_framework,
+    ),
     "bubble": (bubble.bubble_seconds, bubble.held_micro_batches),
     "exposed_communication": (
         step_time.tensor_seconds,

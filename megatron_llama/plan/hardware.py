@@ -24,6 +24,7 @@ from parallel.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "hardware"
 GIGA, TERA, GIB = 1e9, 1e12, 2**30
+MAY_BE_ZERO = ("float8_tflops", "watts")  # a device without float8; one whose power is not known
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Efficiency:
     `product`: the share of the dense peak that large products reach. `product_depth`: the inner size at which half of that is
     reached. `attention`: factor on the shares of attention kernels. `memory`, `link`, `network`: shares of the bandwidths.
     `contention`: what communication that runs beside computation takes from it, in shares of its own time. `launch_seconds`:
-    of the host to launch a kernel. `jitter`: what a step loses each time the number of nodes doubles. `float8`: share of the
-    float8 peak, in units of `product`.
+    of the host to launch a kernel. `latency_seconds`: of a collective inside a node, twice that across nodes. `jitter`: what
+    a step loses each time the number of nodes doubles. `float8`: share of the float8 peak, in units of `product`.
     """
 
     product: float = 0.70
@@ -45,6 +46,7 @@ class Efficiency:
     network: float = 0.70
     contention: float = 0.15
     launch_seconds: float = 8e-6
+    latency_seconds: float = 15e-6
     jitter: float = 0.002
     float8: float = 0.85
 
@@ -153,7 +155,7 @@ def _build(name: str, values: Mapping[str, Any], path: Path) -> Hardware:
     for key, (field, unit) in _UNITS.items():
         value = values.get(key)
         if not isinstance(value, int | float) or not 0 < value < math.inf:
-            if not (key == "float8_tflops" and value == 0):
+            if not (key in MAY_BE_ZERO and value == 0):
                 raise ConfigError(f"hardware profile {path}: {key} must be a number above 0, and is {value!r}")
         fields[field] = value * unit
     attention = {kernel: tuple(shares) for kernel, shares in values.get("attention", {}).items()}

@@ -40,7 +40,7 @@ class Layout:
     `micro_batch_size` may be a mean. `tp_exposed`: shares of the tensor-parallel communication that no computation hides, in
     the forward and the backward pass. `split_sends`: a tensor rank sends its part of the activations on (Narayanan et al.
     2021, section 4.1).
-    `gradient_bytes`, `gathered_bytes`: of one parameter on the wire.
+    `gradient_bytes`, `gathered_bytes`: of one parameter on the wire, the latter of one activation too.
     """
 
     tp: int

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from megatron_llama.plan.hardware import Cluster
 
-LATENCY_SECONDS = 15e-6  # of a collective inside a node; twice that across nodes
-
 
 def ring_bandwidth(cluster: Cluster, ranks_in_node: float, ranks: float) -> float:
     """Bytes per second of a ring over `ranks`, `ranks_in_node` of which share a node and its links to the network."""
@@ -22,7 +20,7 @@ def ring_bandwidth(cluster: Cluster, ranks_in_node: float, ranks: float) -> floa
 
 def send_seconds(cluster: Cluster, size_bytes: float, inside_node: bool) -> float:
     """Of a message between two ranks."""
-    return size_bytes / ring_bandwidth(cluster, 2 if inside_node else 1, 2) + LATENCY_SECONDS
+    return size_bytes / ring_bandwidth(cluster, 2 if inside_node else 1, 2) + cluster.hardware.efficiency.latency_seconds
 
 
 def shard_seconds(cluster: Cluster, size_bytes: float, ranks_in_node: float, ranks: float) -> float:

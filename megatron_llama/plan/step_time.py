@@ -203,8 +203,8 @@ def tensor_seconds(job: Job, tokens: int) -> tuple[float, float]:
     if layout.tp == 1:
         return 0.0, 0.0
     inside = min(layout.tp, cluster.gpus_per_node)
-    one = links.shard_seconds(cluster, tokens * job.shape.hidden_size * BF16, inside, layout.tp)
-    one += links.LATENCY_SECONDS * (1 if layout.tp <= cluster.gpus_per_node else 2)
+    one = links.shard_seconds(cluster, tokens * job.shape.hidden_size * layout.gathered_bytes, inside, layout.tp)
+    one += cluster.hardware.efficiency.latency_seconds * (1 if layout.tp <= cluster.gpus_per_node else 2)
     again = 4 * layout.recomputed_layers if recompute_shares(layout.recompute)[0] > 0.9 else 0
     forward, backward = layout.tp_exposed
     return 4 * one * forward, (4 + again + layout.sequence_parallel) * one * backward
@@ -236,7 +236,7 @@ def pipeline_seconds(job: Job, tokens: int) -> float:
     """Exposed sends of a micro-batch: activations on, gradients back, once per chunk."""
     layout, cluster = job.layout, job.cluster
     inside = layout.tp * layout.cp * layout.dp < cluster.gpus_per_node or layout.gpus <= cluster.gpus_per_node
-    size = tokens * job.shape.hidden_size * BF16 / (layout.tp if layout.split_sends else 1)
+    size = tokens * job.shape.hidden_size * layout.gathered_bytes / (layout.tp if layout.split_sends else 1)
     exposed = EXPOSED_SENDS if job.software.hides_pipeline else 1.0
     return 2 * links.send_seconds(cluster, size, inside) * layout.chunks * exposed
 

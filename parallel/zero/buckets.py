@@ -156,8 +156,12 @@ class Bucket:
     def main_grad(self) -> Tensor:
         """The whole gradients [size] of this rank's micro-batches, until they leave."""
         if self._main_grad is None:
-            self._main_grad = torch.zeros(self.size, dtype=self.sharding.gradient_dtype, device=self.weights.device)
+            self._main_grad = self.new_main_grad()
         return self._main_grad
+
+    def new_main_grad(self) -> Tensor:
+        """The buffer of the whole gradients [size], all zero."""
+        return torch.zeros(self.size, dtype=self.sharding.gradient_dtype, device=self.weights.device)
 
     @property
     def buffer_bytes(self) -> int:
