@@ -65,8 +65,10 @@ class RankProcesses:
         return {rank: process.exitcode for rank, process in self._processes.items() if process.exitcode is not None}
 
     def wait(self, seconds: float) -> None:
-        """Return when a rank ends that is alive now, and after that time anyway."""
-        connection.wait([self._processes[rank].sentinel for rank in self.alive], seconds)
+        """Return when a rank ends that is alive now, and after that time anyway; at once where none is."""
+        alive = [self._processes[rank].sentinel for rank in self.alive]
+        if alive:
+            connection.wait(alive, seconds)
 
     def beats(self) -> dict[int, Beat | None]:
         """The latest beat of each rank, of dead ones too; None where it has not begun."""
