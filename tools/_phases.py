@@ -7,6 +7,7 @@ stream: times are the device's, and recording makes nobody wait.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from parallel.groups import ProcessGroups
+from parallel.pipeline.layout import Placement
 from parallel.pipeline.trace import Mark, Trace
 from parallel.topology import Topology
 from parallel.waiting import Handle, WaitClock
@@ -48,12 +51,18 @@ class Interval(NamedTuple):
 class Recorder(Trace):
     """A trace of several steps, with regions and waits besides. Wait on `clock` only where it is the ledger's."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, groups: ProcessGroups, placement: Placement, device: torch.device) -> None:
+        super().__init__(groups, placement, device)
         self.clock = RecordingClock(self)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all; waits for the device."""
+        self._synchronize()
+        self._origin_seconds, self._origin = time.perf_counter(), self._mark()
+        self._spans, self.clock.marks = [], []
         self._steps: list[Mark] = []
         self._regions: list[tuple[str, Mark, Mark]] = []
-        self._last_step = 0  # spans before the last step
 
     def begin_step(self) -> None:
         """A step begins here, or, after the last one, nothing."""
@@ -96,7 +105,8 @@ class RecordingClock(WaitClock):
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
-        self._recorder, self.marks = recorder, []
+        self._recorder = recorder
+        self.marks: list[tuple[Mark, Mark]] = []
         self._stream = torch.cuda.current_stream(recorder.device) if recorder.device.type == "cuda" else None
 
     def wait(self, handle: Handle) -> None:
@@ -153,8 +163,8 @@ def _holder(intervals: Sequence[Interval], begins: Sequence[float], inside: Inte
 
 
 class Idle(NamedTuple):
-    """Of a rank in one step, seconds: what it waited for messages, how much of that while nobody had made them yet, and how long
-    after its last action other ranks of its pipeline still had some."""
+    """Of a rank in one step, seconds: what it waited for messages, how much of that while nobody had made them yet, and how
+    long after its last action other ranks of its pipeline still had some."""
 
     received: float
     unmade: float

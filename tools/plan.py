@@ -146,12 +146,15 @@ def base_config(arguments: argparse.Namespace, flags: list[str]) -> RunConfig:
 
 def write(path: Path, best: Found, arguments: argparse.Namespace) -> str:
     """Write the configuration of the best layout, checked as the training program will check it; what to say of it."""
-    validate(best.config, arguments.gpus)
+    config = best.config
+    if arguments.gpu.endswith(".toml"):  # which the run cannot find by its GPU's name
+        config = replace(config, log=replace(config.log, hardware=arguments.gpu))
+    validate(config, arguments.gpus)
     try:
-        path.write_text(to_toml(best.config), encoding="utf-8")
+        path.write_text(to_toml(config), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: cannot write the configuration: {error}") from error
-    missing = best.config.data.train == (DataSource(PLACEHOLDER),)
+    missing = config.data.train == (DataSource(PLACEHOLDER),)
     note = f"; its dataset is {PLACEHOLDER}: give yours with --data, or --data.train when training" if missing else ""
     return f"configuration {path}: python -m megatron_llama.train --config {path} on {arguments.gpus:,} GPUs{note}"
 
