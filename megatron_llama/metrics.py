@@ -2,7 +2,8 @@
 
 `step` counts finished updates: the first step is 1, and a checkpoint of step k holds what lines up to k describe. Each
 line has the `time` at which it was written, in seconds since the epoch. A start and an orderly end of the program have lines
-of their own (`event`: start, end); where the end is missing, the program died. Other events are what was done about numbers
+of their own (`event`: start, end); where the end is missing, the program died. Other events are what a start predicts of step
+time and memory (prediction: `forecast`) and what they then turn out to be (measured: `comparison`), what was done about numbers
 that were wrong (`remedies`), copies that differ (`integrity`) and ranks that are slow (`stragglers`).
 Resuming from step k cuts the file back to k, so a killed and resumed run leaves the steps of one that never stopped; what is
 cut goes to `discarded.jsonl`, for those who count what a failure has cost (tools/goodput.py).

@@ -10,10 +10,12 @@ from datetime import timedelta
 
 import torch
 
+from megatron_llama.comparison import Comparison
 from megatron_llama.config import RunConfig, tokens_per_step, total_steps
 from megatron_llama.data.loader import Loader, Prefetcher
 from megatron_llama.evaluate import Evaluator
 from megatron_llama.flops import dense_peak_flops, model_flops, model_flops_utilization
+from megatron_llama.forecast import Forecast
 from megatron_llama.lr_schedule import learning_rate
 from megatron_llama.metrics import MetricsWriter, StepRecord
 from megatron_llama.program import LOGGER
@@ -66,6 +68,7 @@ class Trainer:
         saver: Saver,
         evaluator: Evaluator | None,
         metrics: MetricsWriter | None,
+        forecast: Forecast | None,
     ) -> None:
         self.config, self.step, self.engine, self.loader = config, step, engine, loader
         self.position, self.saver, self.evaluator, self.metrics = position, saver, evaluator, metrics
@@ -81,6 +84,7 @@ class Trainer:
         self.remedies = Remedies(step, loader, saver, metrics)
         every, factor = config.watch.straggler_every, config.watch.straggler_factor
         self.stragglers = Stragglers(step.runtime.groups, device, every, factor, metrics)
+        self.comparison = Comparison(config, step.runtime.groups, device, engine, forecast, metrics)
         self.progress = Progress(self.last_step, world, self.peak)
         self.log = logging.getLogger(LOGGER)
 
@@ -157,6 +161,10 @@ class Trainer:
             seconds, self._since = finished.seconds_since(self._since), finished
             if self.metrics is not None:
                 self._record(self.metrics, verdict, outcome.numbers, seconds)
+            if not self.comparison.done:
+                counts = outcome.verdict is verdict and not self._pauses_after(verdict.step - 1)
+                waited = outcome.numbers.sums.data_wait_seconds / self.world_size
+                self.comparison.hear(verdict.step, seconds, waited, counts)
         return numbers.sums.stop_wishes > 0
 
     def _record(self, metrics: MetricsWriter, verdict: Verdict, numbers: StepNumbers, seconds: float) -> None:

@@ -78,6 +78,10 @@ def help_text(program: str = "python -m megatron_llama.train") -> str:
     """Usage, and every field with its type, default and one line of help."""
     lines = [
         f"usage: {program} [--config FILE.toml] [--section.field value ...] [--print-config] [--help]",
+        f"       {program} --dry-run --world-size N [--rank R | --all-stages] [--gpus-per-node N] [--json] ...",
+        "",
+        "--dry-run prints what the job will hold, send and compute on N GPUs, by a step without numbers on one process:",
+        "parameters, bytes at the memory's peak, bytes of each message, FLOPs, of rank R (0) or of one rank of each stage.",
         "",
         "Defaults, then the preset, then the file, then the flags: the last that gives a value wins.",
     ]

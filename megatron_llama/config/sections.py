@@ -214,6 +214,7 @@ class LogConfig:
     directory: str = setting("runs/llama", "run directory: config.toml, metrics.jsonl, tensorboard, logs, checkpoints")
     every: int = setting(10, "steps between progress lines", minimum=1)
     trace_steps: int = setting(0, "steps to trace, from this process's second on, to traces/step_N.json", minimum=0)
+    hardware: str = setting("auto", "GPU profile to predict by: auto (the GPU's own), none, a name or a TOML file")
 
 
 @dataclass(frozen=True)
