@@ -26,6 +26,7 @@ from parallel.errors import (
     UserError,
 )
 from parallel.groups import Axis
+from parallel.host_copy import host_readable
 from parallel.launch import Launch
 
 # exit codes, those of sysexits.h; 0 is done, others than these a defect or a signal
@@ -149,7 +150,7 @@ def agree(work: Callable[[], Result], world: Axis, device: torch.device) -> Resu
         results.append(work())
     except UserError as found:
         error = found
-    failed = torch.zeros(world.size, dtype=torch.int64, device=device)
+    failed = torch.zeros(world.size, dtype=torch.int64, device=host_readable(device))
     failed[world.rank] = error is not None
     ranks = all_reduce(failed, world).nonzero().flatten().tolist()
     if not ranks:

@@ -90,6 +90,11 @@ def replica_groups(config: RunConfig, topology: Topology, placement: Placement) 
 def model_kernels(config: RunConfig, device: torch.device) -> tuple[Kernels, Kernels]:
     """The kernels of the model, and those of its blocks, whose linears may compute in float8. Raises ConfigError."""
     train, wanted = config.train, dict(vars(config.kernels))
+    if device.type == "meta":
+        from parallel.kernels.meta_kernels import meta_kernels  # which makes operators known to torch
+
+        kernels = meta_kernels(DTYPES[train.dtype], config.parallel.tp)
+        return kernels, kernels
     if train.compile:
         wanted |= {operation: "compiled" for operation in COMPILED if wanted[operation] == "auto"}
     kernels = resolve_kernels(wanted, Workload(device, DTYPES[train.dtype], config.parallel.tp))

@@ -33,6 +33,7 @@ from megatron_llama.data.mixture import table_lines
 from megatron_llama.data.training_data import TrainingData
 from megatron_llama.evaluate import Evaluator
 from megatron_llama.flops import parameter_count
+from megatron_llama.forecast import Forecast, make_forecast
 from megatron_llama.metrics import MetricsWriter
 from megatron_llama.pipeline_plan import memory_settings, settle_schedule
 from megatron_llama.program import STOPPED, agree, asks_for_help, command_line, open_log, run_program
@@ -64,6 +65,10 @@ def main(launch: Launch, argv: list[str]) -> int:
     """
     if launch.rank and asks_for_help(argv):
         return 0
+    if "--dry-run" in argv:
+        from megatron_llama.dry_run.run import dry_run  # whose parts of torch take 0.3 s of a start
+
+        return dry_run(launch, argv)
     config = load_config(argv)
     if "--print-config" in argv:
         if launch.rank == 0:
@@ -79,6 +84,7 @@ def main(launch: Launch, argv: list[str]) -> int:
     runtime = build_runtime(settled, launch.rank, launch.world_size, device, timeout)
     runtime.groups.ledger.heartbeat = heartbeat
     world, data = runtime.groups.world, runtime.groups.data
+    forecast = agree(lambda: make_forecast(settled, launch, device) if launch.rank == 0 else None, world, device)
     train_data, held_out, tokenizer, data_position = agree(lambda: _open_data(config), world, device)
     lock = agree(lambda: _in_run_directory(config, lambda _: ExitStack() if launch.rank else lock_run(config)), world, device)
     log = agree(lambda: _in_run_directory(config, lambda directory: open_log(directory, launch.rank)), world, device)
@@ -93,7 +99,7 @@ def main(launch: Launch, argv: list[str]) -> int:
         log.info(f"step {position.step} of {total_steps(config)}: this run is complete; raise --train.steps to go on")
         return 0
     step = TrainStep(runtime, engine, micro_batches_per_step(config, launch.world_size), watch)
-    log.info(describe(launch, runtime, engine, step, train_data, position))
+    log.info(describe(launch, runtime, engine, step, train_data, position, forecast))
 
     def record(directory: Path) -> MetricsWriter | None:
         if launch.rank:
@@ -101,7 +107,10 @@ def main(launch: Launch, argv: list[str]) -> int:
         (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
         if tokenizer is not None:
             (directory / TOKENIZER_FILE).write_bytes(tokenizer)
-        return MetricsWriter(directory, position.step)
+        metrics = MetricsWriter(directory, position.step)
+        if forecast is not None:
+            metrics.write_event(position.step, "prediction", hardware=forecast.profile, predicted=forecast.record())
+        return metrics
 
     metrics = agree(lambda: _in_run_directory(config, record), world, device)
     loader = make_loader(config, train_data, data.rank, data.size)
@@ -112,7 +121,7 @@ def main(launch: Launch, argv: list[str]) -> int:
 
     saver = Saver(runtime, engine, train_data.state, tokenizer, position.step, watch)
     with contact_kept(world):
-        finished = Trainer(config, step, engine, loader, position, saver, evaluator, metrics).run()
+        finished = Trainer(config, step, engine, loader, position, saver, evaluator, metrics, forecast).run()
     heartbeat.enter("end")
     if metrics is not None:
         metrics.close()
@@ -154,9 +163,15 @@ def _in_run_directory(config: RunConfig, work: Callable[[Path], Result]) -> Resu
 
 
 def describe(
-    launch: Launch, runtime: Runtime, engine: Engine, step: TrainStep, data: TrainingData, position: Position
+    launch: Launch,
+    runtime: Runtime,
+    engine: Engine,
+    step: TrainStep,
+    data: TrainingData,
+    position: Position,
+    forecast: Forecast | None,
 ) -> str:
-    """What is about to run, for the log."""
+    """What is about to run, for the log; with the forecast where there is one."""
     config, groups, report = runtime.config, runtime.groups, step.report
     model, train, parallel = config.model, config.train, config.parallel
     split = ", sequence parallel" if runtime.chunks[0].context.sequence_parallel else ""
@@ -190,6 +205,7 @@ def describe(
             *(f"          {line}" for line in [*table_lines(data.rows), *data.notes]),
             f"steps     {total_steps(config):,} of {train.global_batch_size} sequences = {tokens:,} tokens; "
             f"starting at step {position.step}",
+            *(forecast.lines() if forecast is not None else []),
         ]
     )
 

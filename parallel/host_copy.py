@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def host_readable(device: torch.device) -> torch.device:
+    """Where to put numbers that the host will read: on the device, or in host memory where tensors have no numbers (meta)."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 class HostCopy:
     """The values of `make()`, scalars and vectors on `device`: on a GPU their copy starts now, and `read` waits for it alone.
 

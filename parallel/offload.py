@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import Done, Handle
-from parallel.recompute import Packed
+from parallel.recompute import Packed, storage_key
 
 MIN_BYTES = 2**20  # below, a copy costs more (its launch, its latency) than the memory is worth
 
@@ -34,7 +34,7 @@ class HostMemory:
 
         `last`: the first layer that keeps all it has on the device; it is told so that it brings back the one before.
         """
-        return OffloadedLayer(self, previous, {tensor.untyped_storage().data_ptr() for tensor in stay}, last)
+        return OffloadedLayer(self, previous, {storage_key(tensor) for tensor in stay}, last)
 
 
 class _CopyStream:
@@ -45,6 +45,8 @@ class _CopyStream:
 
     def copy(self, source: Tensor, target: Tensor) -> Handle:
         """Start it after all that the current stream has been told so far. To wait makes the then current stream wait."""
+        if source.is_meta or target.is_meta:  # (without numbers)
+            return Done()
         if self._stream is None:
             target.copy_(source)
             return Done()
@@ -126,22 +128,22 @@ class OffloadedLayer:
 
     def __init__(self, memory: HostMemory, previous: OffloadedLayer | None, stay: set[int], last: bool) -> None:
         self.memory, self._previous, self._stay, self._last = memory, previous, stay, last
-        self._storages: dict[int, _Storage] = {}  # by address; a storage that two tensors share goes once
+        self._storages: dict[int, _Storage] = {}  # by `storage_key`; a storage that two tensors share goes once
 
     def put(self, tensor: Tensor) -> Tensor | _Away | _Here:
         """What to hold of a tensor (see `parallel.recompute.unpack`)."""
-        source = tensor.untyped_storage()
-        if source.data_ptr() in self._stay or tensor.device.type != self.memory.device.type:
+        source, key = tensor.untyped_storage(), storage_key(tensor)
+        if key in self._stay or tensor.device.type != self.memory.device.type:
             return tensor
         if self._last:
             return _Here(self, tensor)
         if source.nbytes() < MIN_BYTES:
             return tensor
-        if source.data_ptr() not in self._storages:
+        if key not in self._storages:
             on_device = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(source)
-            self._storages[source.data_ptr()] = _Storage(self.memory, on_device)
+            self._storages[key] = _Storage(self.memory, on_device)
         view = (tensor.storage_offset(), tensor.shape, tensor.stride())
-        return _Away(self, self._storages[source.data_ptr()], tensor.dtype, view)
+        return _Away(self, self._storages[key], tensor.dtype, view)
 
     def release(self) -> None:
         """Free what has gone to the host on the device."""

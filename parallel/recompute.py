@@ -41,6 +41,11 @@ def unpack(kept: Any) -> Any:
     return kept.tensor() if isinstance(kept, Packed) else kept
 
 
+def storage_key(tensor: Tensor) -> int:
+    """What tensors have in common that lie in the same memory, while one of them lives. (On meta all addresses are 0.)"""
+    return tensor.untyped_storage()._cdata
+
+
 def itself(tensor: Tensor) -> Tensor:
     """Keeps a tensor as it is."""
     return tensor
@@ -80,7 +85,7 @@ class Rematerializer:
     """
 
     def __init__(self) -> None:
-        self._recipes: dict[int, _Recipe] | None = None  # by address; None while nobody saves
+        self._recipes: dict[int, _Recipe] | None = None  # by `storage_key`; None while nobody saves
 
     def cheap(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The same function, whose outputs are made again rather than kept."""
@@ -97,9 +102,9 @@ class Rematerializer:
         recipes, storage = self._recipes, made.untyped_storage()
         if recipes is None or storage.nbytes() != made.nbytes:  # (a view of something larger is kept as it is)
             return
-        address = storage.data_ptr()
-        alive = weakref.ref(made, lambda _: recipes.pop(address, None))  # what comes to lie there next is another tensor
-        recipes[address] = _Recipe(function, tuple(map(_without_graph, inputs)), made._version, alive)
+        key = storage_key(made)
+        alive = weakref.ref(made, lambda _: recipes.pop(key, None))  # what has this key next is another tensor
+        recipes[key] = _Recipe(function, tuple(map(_without_graph, inputs)), made._version, alive)
 
     @contextmanager
     def saving(self, keep: Callable[[Tensor], Any] = itself) -> Iterator[None]:
@@ -108,7 +113,7 @@ class Rematerializer:
         recipes: dict[int, _Recipe] = {}
 
         def pack(tensor: Tensor) -> Any:
-            recipe = recipes.get(tensor.untyped_storage().data_ptr())
+            recipe = recipes.get(storage_key(tensor))
             if recipe is None or recipe.version != tensor._version:
                 return keep(tensor)
             inputs = tuple(pack(one) if isinstance(one, Tensor) else one for one in recipe.inputs)

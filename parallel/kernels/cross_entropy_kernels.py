@@ -49,7 +49,7 @@ def locate(targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:  # [t] -> [t
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Runs of tokens whose fp32 values fit the cache."""
     tokens, columns = logits.shape
-    size = max(1, (GPU_BLOCK_BYTES if logits.is_cuda else CPU_BLOCK_BYTES) // (4 * columns))
+    size = max(1, (CPU_BLOCK_BYTES if logits.is_cpu else GPU_BLOCK_BYTES) // (4 * columns))
     return (slice(start, start + size) for start in range(0, tokens, size))
 
 

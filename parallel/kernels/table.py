@@ -17,6 +17,7 @@ import torch.distributed as dist
 from parallel.collectives import all_reduce
 from parallel.errors import ConfigError
 from parallel.groups import Axis
+from parallel.host_copy import host_readable
 from parallel.kernels import reference_kernels
 from parallel.kernels.cross_entropy_kernels import CrossEntropyKernels
 from parallel.kernels.providers import (
@@ -244,7 +245,7 @@ def check_same_choice(kernels: Kernels, world: Axis, device: torch.device) -> No
     Ranks with other kernels round otherwise, and what should be copies would drift apart.
     """
     places = [[provider.name for provider in row].index(kernels.names[name]) for name, row in ROWS.items()]
-    extremes = torch.tensor([places, [-place for place in places]], device=device)
+    extremes = torch.tensor([places, [-place for place in places]], device=host_readable(device))
     highest, lowest = all_reduce(extremes, world, dist.ReduceOp.MAX).tolist()
     for (operation, row), high, low in zip(ROWS.items(), highest, lowest, strict=True):
         if high != -low:

@@ -150,7 +150,7 @@ def wgrad(main_grad: Tensor, x: Tensor, dy: Tensor) -> None:  # [o, i] fp32 or a
     """main_grad += dy^T x, the product kept in fp32."""
     if x.dtype == main_grad.dtype:
         main_grad.addmm_(dy.t(), x)
-    elif x.is_cuda:
-        torch.addmm(main_grad, dy.t(), x, out_dtype=torch.float32, out=main_grad)
-    else:
+    elif x.is_cpu:
         main_grad.addmm_(dy.t().float(), x.float())
+    else:
+        torch.addmm(main_grad, dy.t(), x, out_dtype=torch.float32, out=main_grad)

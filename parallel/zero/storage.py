@@ -14,7 +14,7 @@ from torch import Tensor
 
 ODD = (-1640531527, -2048144789, -1028477387)  # factors that spread bits
 # Elements that are in fp32 at a time where they are not kept so: 32 MiB, and on CPUs what stays in the cache (5 times as fast).
-SLICES = {"cuda": 1 << 23, "cpu": 1 << 18}
+SLICES = {"cuda": 1 << 23, "cpu": 1 << 18, "meta": 1 << 23}
 
 
 class Storage(Protocol):

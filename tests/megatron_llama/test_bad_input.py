@@ -48,6 +48,7 @@ SETTINGS = {
     "a flag without its value": (1, ["--train.steps"], ["--train.steps needs a value"]),
     "a file without its flag": (1, ["config.toml"], ["unexpected argument 'config.toml'", "--config config.toml"]),
     "unknown preset": (1, ["--model.preset", "llama-7"], ["'llama-7'", "llama-7b"]),
+    "unknown hardware": (2, ["--log.hardware", "h1000"], ["log.hardware = h1000", "is h100", "--log.hardware none"]),
     "tp and heads": (3, ["--parallel.tp", 3], ["parallel.tp", "tp 3", "4 heads", "set --parallel.tp to 2 or 4"]),
     "too few layers": (4, ["--parallel.pp", 4], ["model.num_layers is 2", "4", "set --parallel.pp to at most 2"]),
     "batch": (2, ["--train.global_batch_size", 7], ["7 over 1 x 2 = 2", "set --train.global_batch_size to 6 or 8"]),
