@@ -19,11 +19,12 @@ from megatron_llama.flops import model_flops, parameter_count
 from megatron_llama.runtime import build_runtime
 from megatron_llama.step import Batch, TrainStep, make_engine
 from parallel.waiting import GlooMessage
-from tests.parity.test_parity import GQA, SMALL_BATCH, TIED, layout
+from tests.parity.test_parity import GQA, SMALL_BATCH, TIED, layout, slow_unless
 from tests.parity.training import MODEL, Case, Session, micro_batches
 from tests.ranks import run_ranks
 
 TRAIN = replace(SMALL_BATCH, sequence_length=32)
+LATE_BYTES = 4096  # of a small tensor that one of gloo's threads lets go late; in nearly all runs there is none
 CASES = [
     Case("dp2", layout(dp=2), MODEL, TRAIN),
     Case("dp2-zero0", layout(dp=2), MODEL, TRAIN, zero=ZeroConfig(stage=0)),
@@ -37,6 +38,9 @@ CASES = [
     Case("pp2-linear-outputs", layout(pp=2, recompute="linear_outputs"), MODEL, TRAIN),
     Case("pp2-zb-v", layout(pp=2, chunks=2, schedule="zb-v"), TIED, TRAIN),
 ]
+
+
+QUICK = ("dp2", "dp2-zero2", "pp2-zb-h1", "tp2-pp2", "dp2-full", "tp2-selective")
 
 
 def config_of(case: Case) -> RunConfig:
@@ -82,14 +86,15 @@ def as_over_gloo(monkeypatch):
     monkeypatch.setattr(GlooMessage, "is_completed", lambda self: False)  # by gloo, until it is waited for
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", slow_unless(CASES, lambda case: case.name in QUICK), ids=lambda case: case.name)
 def test_a_dry_run_is_the_real_second_step(case, as_over_gloo):
     real = run_ranks(case.world_size, real_step, case)
     for rank, (sent, peak) in enumerate(real):
         figures = measure(config_of(case), rank, case.world_size, gpus_per_node=8)
         dry_sent = Counter({(row.kind, row.axis): row.sent_bytes for row in figures.traffic if row.sent_bytes})
         assert dry_sent == sent
-        assert figures.peak == {name: peak.get(name, 0) for name in figures.peak}
+        more = {name: peak.get(name, 0) - size for name, size in figures.peak.items()}
+        assert all(0 <= size <= LATE_BYTES for size in more.values()), (peak, figures.peak)
 
 
 def test_flops_are_those_that_torch_counts_in_a_real_step():
